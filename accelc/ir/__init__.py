@@ -1,0 +1,1 @@
+"""The ground floor: Program, state and tree specifications, the op dialect, exactness and errors."""

@@ -1,0 +1,1 @@
+"""Runs compiled programs: state, step execution, acceptance, sampling, scheduling."""
