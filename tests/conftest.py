@@ -2,8 +2,8 @@
 
 import os
 
-# Set before torch is imported. Under pytest-xdist each worker is one of several processes on few cores: one thread each,
-# and no pool of compile processes beside them.
+# Set before torch is imported. Under pytest-xdist each worker is one of several processes on few cores: one thread in
+# each, and no pool of compile processes beside them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
