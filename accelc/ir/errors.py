@@ -1,0 +1,182 @@
+"""Every mistake a user can make has a class here: what is wrong, where, and what to do about it.
+
+A subclass states its ``remedy`` once; the raiser gives ``what`` and ``where``. ``AccelcError`` is the one class to catch.
+"""
+
+from __future__ import annotations
+
+import torch.fx as fx
+
+
+class AccelcError(Exception):
+    """Base of all accelc errors. ``what`` is wrong, ``where`` (a node, pass, file or argument), ``remedy``."""
+
+    remedy: str = ""
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        self.what, self.where = what, where
+        self.remedy = remedy or type(self).remedy
+        lines = [what]
+        if where:
+            lines.append(f"  where:  {where}")
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        super().__init__("\n".join(lines))
+
+
+class CaptureError(AccelcError):
+    """The model could not be captured as a graph with dynamic batch and length."""
+
+    remedy = "The forward must map token ids [B, T] to logits [B, T, V] by tensor operations that torch.export can trace."
+
+
+class NoLogitsError(CaptureError):
+    """The forward returns neither a logits tensor [B, T, V] nor an object with ``.logits``."""
+
+    remedy = "Return the logits tensor, or an output object with a `.logits` attribute."
+
+
+class MetaDeviceError(CaptureError):
+    """Parameters live on the meta device: there are no weights to run."""
+
+    remedy = "Load the weights first (for transformers: from_pretrained, or model.to_empty(device=...) and load_state_dict)."
+
+
+class InvariantError(AccelcError):
+    """A Program breaks one of its invariants (see `accelc.ir.program.check`)."""
+
+    remedy = "This is a defect of the pass that ran last; run the pipeline with verify=True to see its input."
+
+
+class DeriveError(AccelcError):
+    """The cached step cannot be derived; names the node and the reason."""
+
+    remedy = "If the operation keeps tokens apart, add a role rule for it (docs/design.md, 'Role rules')."
+
+
+class NotCausalError(DeriveError):
+    """Logits depend on later tokens: a bidirectional model has no autoregressive step."""
+
+    remedy = "Only causal language models can be decoded token by token."
+
+
+class CheckError(AccelcError):
+    """The derived step does not reproduce the original forward."""
+
+    remedy = "Please report the model: the analysis accepted it but the check did not."
+
+
+class PassError(AccelcError):
+    """A pass was declared, configured or ordered wrongly, or broke the program."""
+
+
+class UnknownPassError(PassError):
+    """No pass of that name is registered."""
+
+
+class DuplicatePassError(PassError):
+    """Two passes claim one name."""
+
+    remedy = "Choose another name; names are global over all installed packages."
+
+
+class UnknownOptionError(PassError):
+    """An option that the pass, backend or function does not have."""
+
+
+class PassOrderError(PassError):
+    """The after/before constraints contain a cycle, or a pass needs one that is not in the pipeline."""
+
+
+class PassMatchError(PassError):
+    """A pass matched fewer or more places than it declares."""
+
+    remedy = "If zero matches are fine for this model, set `expected_matches=(0, None)` on the pass."
+
+
+class ExactnessError(PassError):
+    """The composed guarantee is weaker than the one the user asked for."""
+
+
+class InputError(AccelcError, ValueError):
+    """Bad input to a decoder: ids, prompts, dtypes, ranks, sampling options."""
+
+
+class TokenRangeError(InputError):
+    """Token ids outside the vocabulary."""
+
+    remedy = "Use the tokenizer of this model; ids must lie in [0, vocabulary size)."
+
+
+class EmptyPromptError(InputError):
+    """A prompt without tokens."""
+
+    remedy = "Give at least one token, for example the beginning-of-sequence token."
+
+
+class PromptTooLongError(InputError):
+    """Prompt and new tokens do not fit into max_length."""
+
+    remedy = "Shorten the prompt, lower max_new_tokens, or compile with a larger max_length."
+
+
+class DTypeError(InputError):
+    """Wrong dtype."""
+
+    remedy = "Token ids must be an integer tensor (torch.int64 or torch.int32)."
+
+
+class RankError(InputError):
+    """Wrong rank."""
+
+    remedy = "Token ids must be [T], [B, T], or a list of lists of different lengths."
+
+
+class SamplingError(InputError):
+    """A sampling option is out of range."""
+
+
+class NonFiniteLogitsError(AccelcError):
+    """The model produced NaN or infinite logits."""
+
+    remedy = "Check the weights (a half-precision overflow is the usual cause); the decoder stays usable."
+
+
+class StreamerError(AccelcError):
+    """The caller's streamer or callback raised; the original is chained as __cause__. The decoder stays usable."""
+
+
+class CompileError(AccelcError):
+    """Native code could not be built."""
+
+
+class BackendError(AccelcError):
+    """Wrong use of the torch.compile backend."""
+
+
+def around(graph: fx.Graph, node: fx.Node, context: int = 3) -> str:
+    """The nodes around `node`, one a line with shapes, the node itself marked; for error messages."""
+    nodes = list(graph.nodes)
+    at = nodes.index(node)
+    lines = []
+    for n in nodes[max(0, at - context) : at + context + 1]:
+        mark = "->" if n is node else "  "
+        lines.append(f"    {mark} {describe(n)}")
+    return "\n".join(lines)
+
+
+def describe(node: fx.Node) -> str:
+    """One line for a node: name, operation, arguments, shape and dtype, and the module it came from when known."""
+    value = node.meta.get("val")
+    shape = ""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        shape = f"  # {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    stack = node.meta.get("nn_module_stack") or {}
+    origin = ""
+    if stack:
+        last = list(stack.values())[-1]
+        path = last[0] if isinstance(last, tuple) else str(last)
+        origin = f"  ({path})" if path else ""
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    args = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+    return f"{node.name} = {node.op} {target}({args}){shape}{origin}"
