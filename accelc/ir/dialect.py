@@ -153,6 +153,63 @@ def _(query, key, value, positions, lengths, tree, bias, sinks, slopes, mask, wi
     return query.new_empty(b, n, h, value.shape[3]).transpose(1, 2)
 
 
+@torch.library.custom_op("accelc::full_attention", mutates_args=())
+def full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attention of a whole sequence to itself, as forward programs have it: what every spelling is raised to.
+
+    query [B, H, T, D], key [B, Hk, T, D], value [B, Hk, T, Dv] (H % Hk == 0), bias broadcastable to [B, H, T, T] (float,
+    added; bool, True = visible), sinks [H]. `is_causal` hides later keys besides. Deriving the step turns it into `attention`.
+    """
+    return full_attention_reference(query, key, value, bias, sinks, is_causal, scale, softcap)
+
+
+def full_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """The specification of `full_attention`; rows that see nothing give zeros, as fused kernels do."""
+    b, h, t, d = query.shape
+    hk, dv = key.shape[1], value.shape[3]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q = query.to(wide).reshape(b, hk, h // hk, t, d)
+    scores = (torch.matmul(q, key.to(wide).transpose(-1, -2)[:, :, None]) * scale).reshape(b, h, t, t)
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias.to(wide)
+    if is_causal:
+        row = torch.arange(t, device=query.device)
+        scores = scores.masked_fill(row[None, :] > row[:, None], float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(wide)[None, :, None, None].expand(b, h, t, 1)
+        probs = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    else:
+        probs = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    out = torch.matmul(probs.reshape(b, hk, h // hk, t, t), value.to(wide)[:, :, None]).reshape(b, h, t, dv)
+    return out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@full_attention.register_fake
+def _(query, key, value, bias, sinks, is_causal, scale, softcap):
+    b, h, t, _ = query.shape
+    return query.new_empty(b, t, h, value.shape[3]).transpose(1, 2)
+
+
 # -- cache -----------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +302,7 @@ def _(gate, up, kind):
 
 
 REFERENCES = {
+    torch.ops.accelc.full_attention.default: full_attention_reference,
     torch.ops.accelc.attention.default: attention_reference,
     torch.ops.accelc.rms_norm.default: rms_norm_reference,
     torch.ops.accelc.rotary.default: rotary_reference,
