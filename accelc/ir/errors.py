@@ -45,7 +45,7 @@ class MetaDeviceError(CaptureError):
 class InvariantError(AccelcError):
     """A Program breaks one of its invariants (see `accelc.ir.program.check`)."""
 
-    remedy = "This is a defect of the pass that ran last; run the pipeline with verify=True to see its input."
+    remedy = "This is a defect of the pass that ran last; run the pipeline with dump=DIRECTORY to see its input."
 
 
 class DeriveError(AccelcError):
@@ -82,6 +82,28 @@ class DuplicatePassError(PassError):
 
 class UnknownOptionError(PassError):
     """An option that the pass, backend or function does not have."""
+
+
+class OptionValueError(PassError):
+    """An option is missing, or its value has the wrong type."""
+
+
+class PassPluginError(PassError):
+    """An entry point of the group `accelc.passes` cannot be loaded, or is not a pass; names the distribution."""
+
+    remedy = "Repair or uninstall that package."
+
+
+class PassMutationError(PassError):
+    """A pass modified the program it was given."""
+
+    remedy = "Work on `program.clone()`, and give new tensors new names."
+
+
+class VerifyError(PassError):
+    """A pass that promises exactness changed the results on real inputs."""
+
+    remedy = "Use accelc.passes.bisect to write a reproduction; if the loss is intended, declare it in `exactness`."
 
 
 class PassOrderError(PassError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.fx as fx
 
-from accelc.ir.errors import InvariantError, around
+from accelc.ir.errors import InvariantError, around, describe
 from accelc.ir.exactness import Exactness
 from accelc.ir.state import StateSpec
 
@@ -92,6 +92,10 @@ class Program:
         lines += [f"  state {s.name} {list(s.shape)} {s.dtype}, {s.bytes_per_token()} bytes a token" for s in self.states]
         lines += [f"  {record}" for record in self.history]
         return "\n".join(lines)
+
+    def listing(self) -> str:
+        """The header, and every node with its arguments, shape, dtype and origin, one a line."""
+        return "\n".join([str(self), *(f"  {describe(node)}" for node in self.graph.nodes)])
 
 
 def fetch(root: torch.nn.Module, path: str) -> torch.Tensor:
