@@ -1,0 +1,179 @@
+"""Capture: from a module that maps token ids to logits to a forward `Program` with dynamic batch and length.
+
+The graph is what torch.export sees before decomposition, made functional: linear, layer norm and attention stay whole,
+because the step is derived from them (docs/design.md, 'Capture').
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
+from accelc.ir.program import Program, store
+
+MAX_BATCH = 1 << 16
+EXAMPLE = (2, 7)
+"""Batch and length of the traced example; any values above 1 do, both become symbols."""
+
+aten = torch.ops.aten
+
+
+def capture(model: nn.Module, *, max_length: int) -> Program:
+    """Capture `model` as a forward program: tokens [B, T] int64 -> logits [B, T, V], B and T symbolic.
+
+    The forward may return the logits tensor, a tuple that starts with it, or an object with ``.logits``. It is traced in
+    evaluation mode, without gradient, and without a cache of its own (``use_cache=False`` where it takes that argument).
+    Weights are shared with the model, not copied.
+
+    Raises MetaDeviceError, NoLogitsError, CaptureError.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if max_length < 2:
+        raise InputError(f"max_length is {max_length}", remedy="Use at least 2 tokens.")
+    on_meta = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
+    if on_meta:
+        raise MetaDeviceError(f"{len(on_meta)} tensors are on the meta device, the first: {on_meta[0]}")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    wrapper = LogitsOnly(model)
+    example = torch.ones(EXAMPLE, dtype=torch.int64, device=device)
+    with _evaluation(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logits = wrapper(example)
+        if logits.dim() != 3 or logits.shape[:2] != example.shape:
+            raise NoLogitsError(
+                f"the forward of {type(model).__name__} maps ids {list(EXAMPLE)} to a tensor {list(logits.shape)}"
+            )
+        exported = _export(wrapper, example, max_length)
+        if not _is_functional(exported.graph):
+            exported = exported.run_decompositions({})
+    module = _plain_module(exported)
+    program = Program("forward", module, inputs=("tokens",), outputs=("logits",))
+    program.facts["capture"] = {
+        "model": type(model).__name__,
+        "vocab_size": int(logits.shape[-1]),
+        "max_length": max_length,
+        "device": str(device),
+        "dtype": str(logits.dtype),
+    }
+    return program
+
+
+def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """A transformers causal LM from a local directory with config.json and safetensors weights.
+
+    Raises InputError when the directory or its files are missing; never touches the network.
+    """
+    path = Path(source)
+    if not (path / "config.json").is_file():
+        raise InputError(f"no config.json in {path}", remedy="Give a directory written by save_pretrained.")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+    ).eval()
+
+
+class LogitsOnly(nn.Module):
+    """The model as a function from ids to the logits tensor alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self.options = {"use_cache": False} if "use_cache" in parameters else {}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out = self.model(tokens, **self.options)
+        if isinstance(out, Tensor):
+            return out
+        logits = getattr(out, "logits", None)
+        if logits is None and isinstance(out, tuple | list) and out:
+            logits = out[0]
+        if not isinstance(logits, Tensor):
+            raise NoLogitsError(f"the forward of {type(self.model).__name__} returns {type(out).__name__} without logits")
+        return logits
+
+
+def _export(wrapper: nn.Module, example: Tensor, max_length: int) -> torch.export.ExportedProgram:
+    """Export with symbolic batch and length. A buffer of exactly max_length makes torch guard length != max_length; the
+    length is then bounded one lower for tracing, which changes nothing for the tables that are evaluated later."""
+    failure: Exception | None = None
+    for bound in (max_length, max_length - 1):
+        batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+        length = torch.export.Dim("length", min=2, max=max(bound, EXAMPLE[1] + 1))
+        try:
+            return torch.export.export(wrapper, (example,), dynamic_shapes=({0: batch, 1: length},), strict=False)
+        except NoLogitsError:
+            raise
+        except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated classes; all mean "not capturable"
+            failure = failure or error
+    reason = str(failure).strip().splitlines()
+    raise CaptureError(
+        f"torch.export cannot trace {type(wrapper.model).__name__} with dynamic batch and length: {type(failure).__name__}: "
+        + " ".join(reason[:3])[:600]
+    ) from failure
+
+
+def _is_functional(graph: fx.Graph) -> bool:
+    """Whether no operator writes to its arguments and no subgraph call is left (then decomposition, which is slow, is moot)."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return False
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return False
+    return True
+
+
+def _plain_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The exported graph with parameters, buffers and constants as get_attr nodes and tokens as the only input."""
+    signature = exported.graph_signature
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    if signature.buffers_to_mutate:
+        raise CaptureError(f"the forward writes to its buffers: {sorted(signature.buffers_to_mutate.values())}")
+    tensors = {**dict(exported.state_dict), **exported.constants}
+    root = nn.Module()
+    graph = fx.Graph()
+    remap: dict[fx.Node, fx.Node] = {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            if not node.users:
+                continue
+            path = names[node.name].removeprefix("model.")
+            store(root, path, tensors[names[node.name]])
+            new = graph.get_attr(path)
+            new.name = node.name
+        elif node.op == "placeholder":
+            new = graph.placeholder("tokens")
+        elif node.op == "output":
+            graph.output((remap[node.args[0][0]],))
+            continue
+        else:
+            new = graph.node_copy(node, remap.__getitem__)
+        new.meta = dict(node.meta)
+        remap[node] = new
+    return fx.GraphModule(root, graph)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, each submodule's own mode restored afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
