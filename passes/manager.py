@@ -67,7 +67,7 @@ class Pipeline:
         After each pass the invariants of `accelc.ir.check` must hold, the pass must have matched as often as it
         declares and must have left its input alone; what it did is appended to the program's history.
 
-        * ``require``: the weakest guarantee accepted; before any pass runs, `ExactnessError` names those that give less.
+        * ``require``: the weakest guarantee accepted; before any pass runs, `ExactnessError` names the weaker ones.
         * ``verify``: inputs to compare each program on with the one before; a pass that promises EXACT and exceeds
           ``tolerance`` (relative; default by dtype) raises `VerifyError`. Other passes get their error noted.
         * ``dump``: a folder that gets a listing of the program before the first and after each pass.
