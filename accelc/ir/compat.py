@@ -1,1 +1,175 @@
 """The only module that touches private torch modules; works on torch 2.11 and 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+# -- torch.compile backend: Inductor as a library ----------------------------------------------------------------------
+# Inductor is imported inside the functions: it takes seconds, and decoding an artifact does not need it.
+
+
+def compile_with_inductor(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Mapping[str, object] | None = None,
+    rewrite: Callable[[fx.Graph], None] | None = None,
+    cache_key: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of dynamo with Inductor, as ``backend="inductor"`` does, `options` being Inductor's.
+
+    ``rewrite`` gets each inference graph (functional ATen, decomposed, writes to inputs as ``copy_`` at the end) before
+    Inductor's own passes, and may replace the graph of its owning module. ``cache_key`` identifies what `rewrite` does;
+    without one, nothing is read from or written to torch's compile caches.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    if rewrite is None:
+        return compile_fx(module, inputs, config_patches=dict(options or {}))
+    installed = config.joint_custom_pre_pass
+    others = [] if installed is None else list(installed) if isinstance(installed, list | tuple) else [installed]
+
+    class Rewrite(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            owner = graph.owning_module
+            for other in others:
+                other(owner.graph)
+            with _disable_current_modes():  # a fake mode is active, in which no pass could touch a real tensor
+                rewrite(owner.graph)
+
+        def uuid(self) -> object | None:
+            keys = [cache_key, *(getattr(other, "uuid", lambda: None)() for other in others)]
+            return None if None in keys else tuple(map(str, keys))
+
+    return compile_fx(module, inputs, config_patches={**(options or {}), "joint_custom_pre_pass": Rewrite()})
+
+
+def inductor_options() -> frozenset[str]:
+    """The names of Inductor's options."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def is_joint_graph(graph: fx.Graph) -> bool:
+    """Whether a graph contains a backward pass: the partitioner knows its gradients by this name too."""
+    return any(n.op == "placeholder" and str(n.target).startswith("tangents") for n in graph.nodes)
+
+
+def trace_decomposed(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+    """Trace `function` on fake values into ATen, decomposed as Inductor wants it."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    with enable_python_dispatcher():
+        return make_fx(function, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True)(*values)
+
+
+def fill_values(graph: fx.Graph, module: torch.nn.Module) -> None:
+    """Compute the fake value ``meta["val"]`` of every node that has none; placeholders must have theirs."""
+    mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
+    with enable_python_dispatcher():
+        for node in graph.nodes:
+            if "val" in node.meta:
+                continue
+            if node.op == "get_attr":
+                tensor = module.get_buffer(node.target)
+                node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                with mode or torch.no_grad():
+                    node.meta["val"] = node.target(*args, **kwargs)
+
+
+def is_module_tensor(node: fx.Node) -> bool:
+    """Whether a placeholder of a dynamo graph is a parameter or buffer of a module, not a tensor that a user passes."""
+    tensor_dict = node.meta.get("tensor_dict") or {}
+    return tensor_dict.get("_dynamo_static_input_type") == "unguarded"
+
+
+def with_attributes(gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """A copy of a dynamo graph in which the placeholders named in `tensors` are attributes that hold these tensors.
+
+    A copy, because dynamo reads the placeholders of its own graph again to know what to pass.
+    """
+    graph = fx.Graph()
+    module = fx.GraphModule(gm, graph)
+    module.meta = dict(gm.meta)
+    sources = module._param_name_to_source = dict(gm._param_name_to_source)  # read by AOT autograd, for guards
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.name in tensors:
+            tensor = tensors[node.name]
+            parameter = isinstance(tensor, torch.nn.Parameter)
+            (module.register_parameter if parameter else module.register_buffer)(node.name, tensor)
+            sources[node.name] = node._dynamo_source
+            env[node] = graph.get_attr(node.name)
+            env[node].meta = dict(node.meta)
+            continue
+        if node.op == "get_attr" and not hasattr(module, str(node.target)):
+            setattr(module, str(node.target), getattr(gm, str(node.target)))
+        env[node] = graph.node_copy(node, env.__getitem__)
+        if node.op == "placeholder":
+            env[node]._dynamo_source = node._dynamo_source
+    module.recompile()
+    return module
+
+
+def attribute_of(node: fx.Node) -> str | None:
+    """The attribute that a placeholder of an AOT graph stands for, None when it is an argument."""
+    return getattr(node.meta.get("desc"), "target", None)
+
+
+def is_top_level(graph: fx.Graph) -> bool:
+    """Whether an AOT graph is a whole graph, not the body of a higher-order operation: only those describe outputs."""
+    return "desc" in graph.output_node().meta
+
+
+# -- fake values -------------------------------------------------------------------------------------------------------
+
+
+def symbolic_values(
+    described: Sequence[Any], symbols: Mapping[str, tuple[int, int, int]]
+) -> list[torch.Tensor | torch.SymInt | int | None]:
+    """Fake placeholder values in one new fake mode.
+
+    `described` holds (shape, dtype, device), sizes, or None; sizes are ints or expressions over the names in `symbols`,
+    which gives for each name its hint, least and greatest value.
+    """
+    import sympy
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    env = ShapeEnv()
+    sizes: dict[str, torch.SymInt] = {}
+    for name, (hint, least, most) in symbols.items():
+        source = ConstantSource(name)
+        # Without a zero-one specialisation the range is ours to state.
+        symbol = env.create_symbol(
+            hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None, do_not_specialize_zero_one=True
+        )
+        env.var_to_range[symbol] = ValueRanges(least, most)
+        sizes[name] = env.create_symintnode(symbol, hint=hint, source=source)
+
+    def size(value: int | str) -> Any:
+        return sympy.lambdify(list(sizes), value)(*sizes.values()) if isinstance(value, str) else value
+
+    values: list[torch.Tensor | torch.SymInt | int | None] = []
+    with FakeTensorMode(shape_env=env, allow_non_fake_inputs=True):
+        for one in described:
+            if isinstance(one, tuple):
+                shape, dtype, device = one
+                values.append(torch.empty([size(n) for n in shape], dtype=dtype, device=device))
+            else:
+                values.append(size(one))
+    return values

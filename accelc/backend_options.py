@@ -1,0 +1,116 @@
+"""The options of ``torch.compile(..., backend="accelc", options={...})``, checked before anything is compiled."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from accelc.ir.compat import inductor_options
+from accelc.ir.errors import BackendError, OptionValueError, UnknownOptionError
+from accelc.passes import Pass, Pipeline, build_pass
+
+DEFAULT_PASSES = ("normalise",)
+"""Passes that run on every inference graph. Those that raise to the dialect are not among them: without a pass that
+consumes the dialect it would be expanded again, and patterns of Inductor's own (flash attention) would be lost. A pass
+that needs them names them in ``options["passes"]`` next to itself."""
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """Checked options; the fields are the options a user may give."""
+
+    passes: tuple[Pass, ...] = ()
+    """Passes to run besides the default ones: names, or Pass objects for those with options."""
+    disable: tuple[str, ...] = ()
+    """Names of passes to leave out."""
+    freeze: bool = False
+    """Make parameters constants: Inductor folds and prepacks them. They must not change afterwards."""
+    inductor: Mapping[str, object] = field(default_factory=dict)
+    """Options of Inductor, such as ``{"max_autotune": True}``."""
+    report: Callable[[Any], object] | None = None
+    """Called with the `GraphReport` of each graph once it is compiled."""
+
+    def pipeline(self) -> Pipeline:
+        """The default passes and the user's, ordered; a default pass that the user configured runs as configured."""
+        given = {one.name for one in self.passes}
+        defaults = [build_pass(name) for name in DEFAULT_PASSES if name not in given]
+        return Pipeline([*defaults, *map(optional, self.passes)], disabled=self.disable)
+
+
+def parse_options(options: Mapping[str, object] | None) -> BackendOptions:
+    """Check what the user gave. Raises `UnknownOptionError` that lists all unknown options and the known ones,
+    `OptionValueError` that lists all values of a wrong type, `UnknownPassError` and the errors of the named passes."""
+    options = dict(options or {})
+    known = [f.name for f in fields(BackendOptions)]
+    _reject_unknown("the accelc backend", options, known)
+    wrong = [
+        f"{name}={options[name]!r} (wants {wanted})"
+        for name, (test, wanted) in _WANTED.items()
+        if name in options and not test(options[name])
+    ]
+    if wrong:
+        raise OptionValueError(f"the accelc backend got {', '.join(wrong)}", where="torch.compile(options=...)")
+    _reject_unknown("Inductor", options.get("inductor", {}), inductor_options())
+    built = tuple(p if isinstance(p, Pass) else build_pass(p) for p in options.pop("passes", ()))
+    checked = BackendOptions(passes=built, **{**options, "disable": tuple(options.get("disable", ()))})
+    checked.pipeline()  # an impossible order or an unknown name is reported here, not in the middle of compiling
+    return checked
+
+
+def reject_mode(mode: str | None) -> None:
+    """Raise `BackendError` for a mode: modes are bundles of Inductor's options, which this backend takes by name."""
+    if mode is not None:
+        raise BackendError(
+            f"the accelc backend has no mode, and mode={mode!r} was given",
+            where="torch.compile(mode=...)",
+            remedy='Leave `mode` out; Inductor\'s options go into options={"inductor": {...}}, for example '
+            '{"max_autotune": True}. transformers: CompileConfig(backend="accelc", mode=None, options={...}), '
+            "because its default is a mode.",
+        )
+
+
+def optional(one: Pass) -> Pass:
+    """The same pass, content with matching nothing: a model is several graphs here, and each pass sees all of them."""
+    low, high = one.expected_matches
+    if low == 0:
+        return one
+    cls = type(one)
+    relaxed = type(
+        cls.__name__, (cls,), {"expected_matches": (0, high), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
+    copy: Pass = object.__new__(relaxed)
+    copy.__dict__.update(one.__dict__)
+    return copy
+
+
+def _reject_unknown(whose: str, given: Mapping[str, object], known: Any) -> None:
+    unknown = sorted(set(given) - set(known), key=str)
+    if unknown:
+        near = sorted({match for name in unknown for match in difflib.get_close_matches(str(name), known)})
+        listed = sorted(known) if len(known) < 20 else near
+        raise UnknownOptionError(
+            f"{whose} has no option {', '.join(map(str, unknown))}",
+            where="torch.compile(options=...)",
+            remedy=f"{'Known options' if len(known) < 20 else 'Close to it'}: {', '.join(listed) or 'none'}.",
+        )
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+
+
+_WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "passes": (
+        lambda v: isinstance(v, list | tuple) and all(isinstance(p, str | Pass) for p in v),
+        "a list of pass names or Pass objects",
+    ),
+    "disable": (_names, "a list of pass names"),
+    "freeze": (lambda v: isinstance(v, bool), "True or False"),
+    "inductor": (
+        lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
+        "a dict of Inductor's options",
+    ),
+    "report": (lambda v: v is None or callable(v), "a function of a GraphReport"),
+}

@@ -1,0 +1,74 @@
+"""Parameters as constants of one compiled graph, with a guard that they are still the ones it was compiled with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from accelc.ir.compat import is_module_tensor, with_attributes
+from accelc.ir.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A dynamo graph whose parameters became attributes."""
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...]
+    """The inputs that are left."""
+    kept: tuple[int, ...]
+    """Where they stand among the inputs that dynamo passes."""
+    tensors: dict[str, torch.Tensor]
+    """The frozen parameters by attribute name."""
+    places: tuple[int, ...]
+    """Where dynamo passes each of `tensors`."""
+
+    def guard(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, for dynamo's full argument list.
+
+        Dynamo shares one graph among modules that differ in their parameters only, and does not notice an assignment to
+        a parameter: identity and version of each are checked at every call, `BackendError` when one changed.
+        """
+        checks = [
+            (place, tensor, tensor._version, name) for place, (name, tensor) in zip(self.places, self.tensors.items())
+        ]
+        kept = self.kept
+
+        def call(*args: Any) -> Any:
+            for place, tensor, version, name in checks:
+                if args[place] is not tensor or tensor._version != version:
+                    raise BackendError(
+                        f"parameter {name} is not the one this graph was compiled with, or was written to",
+                        where='options={"freeze": True}',
+                        remedy="Compile after loading weights; after a change call torch.compiler.reset(). Layers that "
+                        "share one compiled function cannot be frozen: compile the whole model.",
+                    )
+            return compiled(*[args[i] for i in kept])
+
+        return call
+
+
+def freeze_parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> Frozen:
+    """Turn a module's parameters, and those of its buffers that the graph does not write, into attributes.
+
+    Tensors made in inference mode stay inputs: they have no version, so a change could not be noticed.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    frozen = [
+        i
+        for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
+        if is_module_tensor(node) and not value.is_inference() and not _written(node)
+    ]
+    kept = tuple(i for i in range(len(inputs)) if i not in set(frozen))
+    tensors = {placeholders[i].name: inputs[i] for i in frozen}
+    return Frozen(with_attributes(gm, tensors), tuple(inputs[i] for i in kept), kept, tensors, tuple(frozen))
+
+
+def _written(placeholder: fx.Node) -> bool:
+    """Whether the graph writes to an input: its fake value then moved on while dynamo traced."""
+    value = placeholder.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value._version > 0

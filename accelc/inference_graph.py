@@ -1,0 +1,175 @@
+"""Between an inference graph of torch.compile and a Program: what passes may see of a graph, and how it is put back.
+
+The graphs that reach a torch.compile backend are any part of any module. As Programs they look like all others, so the
+same passes run on them:
+
+- The inputs are whatever the graph reads: activations, sizes (SymInt), and parameters too, because their values may
+  change between two calls. Frozen parameters are constants, hence ``get_attr`` nodes, as in a captured model.
+- Writes to inputs (a static cache, a batch-norm counter, ``x.add_(1)``) stand at the end of the graph as ``copy_``. In
+  the Program they are further outputs, ``write_<input>``: it is a pure function, and a pass cannot reorder a write.
+- Operations work on functional, decomposed ATen (Inductor's decompositions), with fake values in ``meta["val"]``.
+
+`accelc.ir.check` holds for them unchanged. A graph it refuses (control flow, opaque mutation) is not for passes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+import torch.fx as fx
+
+from accelc.ir import Program, check
+from accelc.ir.compat import attribute_of, fill_values, trace_decomposed
+from accelc.ir.dialect import REFERENCES
+from accelc.ir.errors import InvariantError, describe
+from accelc.ir.program import fetch, store
+from accelc.output_contract import keep_outputs
+
+COPY = torch.ops.aten.copy_.default
+WRITE = "write_"
+CONSTANT = "accelc_constant_"
+
+
+def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Program:
+    """The Program of an inference graph; `graph` stays as it is.
+
+    `constants` gives the frozen parameters by the target of their placeholder. Raises `InvariantError` for a graph that
+    is no Program: higher-order operations, operations that mutate, or a read of an input behind the write to it.
+    """
+    root = torch.nn.Module()
+    pure = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    inputs: list[str] = []
+    writes: dict[str, fx.Node] = {}
+    returned: tuple[object, ...] = ()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = str(node.target)
+            if name in constants:
+                store(root, name, constants[name])
+                env[node] = pure.get_attr(name)
+                env[node].meta = dict(node.meta)
+            else:
+                env[node] = pure.node_copy(node)
+                inputs.append(name)
+        elif is_input_write(node):
+            name = str(node.args[0].target)
+            if name in writes or name in constants:
+                raise InvariantError(f"the input {name} is written twice, or is frozen", where=describe(node))
+            writes[name] = env[node.args[1]]
+        elif stale := [n for n in node.all_input_nodes if n.op == "placeholder" and n.target in writes]:
+            raise InvariantError(f"{stale[0]} is read behind the write to it", where=describe(node))
+        elif node.op == "output":
+            returned = tuple(fx.map_arg(node.args[0], env.__getitem__))
+        else:
+            if node.op == "get_attr":
+                _share(graph.owning_module, root, str(node.target))
+            env[node] = pure.node_copy(node, env.__getitem__)
+    pure.output((*returned, *writes.values()))
+    names = (*(f"output_{i}" for i in range(len(returned))), *(WRITE + name for name in writes))
+    program = Program("inference", fx.GraphModule(root, pure), tuple(inputs), names)
+    check(program)
+    return program
+
+
+def write_back(program: Program, graph: fx.Graph) -> fx.Graph:
+    """The inference graph that does what `program` says, with the inputs, writes and output metadata of `graph`.
+
+    Becomes the graph of `graph`'s module, which gets the tensors that passes added. Dialect operations are expanded to
+    their references, which Inductor fuses. Raises `InvariantError` when passes changed the inputs or outputs.
+    """
+    module = graph.owning_module
+    before, after = graph.output_node(), program.graph.output_node()
+    originals = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+    written = [name.removeprefix(WRITE) for name in program.outputs if name.startswith(WRITE)]
+    if len(program.outputs) - len(written) != len(before.args[0]) or program.states:
+        raise InvariantError(f"passes may not change the outputs of an inference graph: {program.outputs}")
+    if set(program.inputs) - originals.keys():
+        raise InvariantError(f"passes may not add inputs to an inference graph: {program.inputs}")
+    fresh = fx.Graph()
+    placeholders = {}
+    for name, node in originals.items():
+        placeholders[name] = fresh.node_copy(node)  # all of them: the caller passes its arguments by place
+    env: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = placeholders[str(node.target)]
+        elif node.op == "get_attr":
+            name = str(node.target)
+            env[node] = placeholders[name] if name in placeholders else _constant(fresh, module, program.module, node)
+        elif node.op != "output":
+            env[node] = fresh.node_copy(node, env.__getitem__)
+    values = fx.map_arg(after.args[0], env.__getitem__)
+    returned, new_values = values[: len(values) - len(written)], values[len(values) - len(written) :]
+    fill_values(fresh, module)
+    old_values = {str(n.args[0].target): n.args[1] for n in graph.nodes if is_input_write(n)}
+    returned = keep_outputs(before.args[0], returned, [old_values[name] for name in written], new_values)
+    for name, value in zip(written, new_values, strict=True):
+        fresh.call_function(COPY, (placeholders[name], value)).meta["val"] = placeholders[name].meta["val"]
+    fresh.output(type(before.args[0])(returned)).meta = dict(before.meta)
+    expand_dialect(fresh, module)
+    fresh.lint()
+    module.graph = fresh
+    return module.graph
+
+
+def expand_dialect(graph: fx.Graph, module: fx.GraphModule) -> int:
+    """Replace each dialect operation by its reference, traced into decomposed ATen; how many there were.
+
+    Custom operations are opaque calls to Inductor; their references are not, and fuse with what surrounds them.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        reference = REFERENCES.get(node.target)
+        if reference is None:
+            continue
+        tensors = [a for a in node.args if isinstance(a, fx.Node)]
+
+        def call(*values: torch.Tensor, node: fx.Node = node, reference=reference) -> torch.Tensor:
+            given = iter(values)
+            return reference(*(next(given) if isinstance(a, fx.Node) else a for a in node.args), **node.kwargs)
+
+        body = trace_decomposed(call, [a.meta["val"] for a in tensors])
+        env = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), tensors, strict=True))
+        with graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "output":
+                    node.replace_all_uses_with(env[inner.args[0]])
+                elif inner.op == "get_attr":
+                    env[inner] = _constant(graph, module, body, inner)
+                elif inner.op != "placeholder":
+                    env[inner] = graph.node_copy(inner, env.__getitem__)
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def constants(graph: fx.Graph, frozen: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The frozen tensors, given by attribute name, by the target of their placeholder."""
+    placeholders = {str(n.target): attribute_of(n) for n in graph.nodes if n.op == "placeholder"}
+    return {name: frozen[attribute] for name, attribute in placeholders.items() if attribute in frozen}
+
+
+def is_input_write(node: fx.Node) -> bool:
+    """Whether the node is a write to an input, as functionalisation leaves them."""
+    return node.target is COPY and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
+
+
+def _share(source: torch.nn.Module, root: torch.nn.Module, path: str) -> None:
+    """Put the tensor that `source` has at `path` into `root` too."""
+    tensor = fetch(source, path)
+    if not isinstance(tensor, torch.Tensor):
+        raise InvariantError(f"{path} is a {type(tensor).__name__}: the graph calls another graph")
+    store(root, path, tensor)
+
+
+def _constant(graph: fx.Graph, module: fx.GraphModule, source: torch.nn.Module, node: fx.Node) -> fx.Node:
+    """A ``get_attr`` in `graph` of the tensor that `node` reads from `source`; `module` keeps it under a new name."""
+    tensor = fetch(source, str(node.target))
+    name = next(n for i in itertools.count() if not hasattr(module, n := f"{CONSTANT}{i}"))
+    store(module, name, tensor)
+    copy = graph.get_attr(name)
+    copy.meta = dict(node.meta)
+    return copy
