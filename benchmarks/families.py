@@ -1,0 +1,120 @@
+"""Sweep over transformers' causal language model types: what can be derived, and what stands in the way.
+
+python benchmarks/families.py                        # all types, writes docs/families.md and a JSON file
+python benchmarks/families.py --only llama,gpt2      # a few, printed
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from family_models import registered_types
+from family_probe import Row, probe
+from family_report import summary, write_markdown
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+THREADS = 1  # in each process; the models are small
+
+
+@dataclass
+class _Running:
+    model_type: str
+    process: mp.process.BaseProcess
+    deadline: float
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Comma-separated model types; all when empty.")] = "",
+    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds a type may take.")] = 180.0,
+    derive: Annotated[bool, typer.Option(help="Compile and check; off: stop after export.")] = True,
+    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "build" / "families.json",
+    table: Annotated[Path, typer.Option(help="Where the table of a whole sweep goes.")] = ROOT / "docs" / "families.md",
+) -> None:
+    """Try every registered causal language model type at a small size and record how far it comes."""
+    known = registered_types()
+    chosen = [name.strip() for name in only.split(",") if name.strip()] or known
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        raise typer.BadParameter(f"not registered: {', '.join(unknown)}", param_hint="--only")
+    console = Console()
+    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting", total=len(chosen))
+        for row in sweep(chosen, jobs=jobs, timeout=timeout, derive=derive):
+            rows.append(row)
+            progress.update(task, advance=1, description=row.model_type)
+    rows.sort(key=lambda row: row.model_type)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    console.print(summary(rows))
+    if only:
+        for row in rows:
+            console.print(asdict(row))
+    else:
+        write_markdown(rows, table)
+        console.print(f"wrote {results} and {table}")
+    if any(row.outcome == "silently wrong" for row in rows):
+        raise typer.Exit(1)
+
+
+def sweep(types: list[str], *, jobs: int, timeout: float, derive: bool) -> Iterator[Row]:
+    """Probe each type in its own process; one that crashes or runs past `timeout` seconds gives a row that says so."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["family_probe"])  # torch and transformers are imported once
+    waiting = list(reversed(types))
+    running: dict[Connection, _Running] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            receiver, sender = context.Pipe(duplex=False)
+            model_type = waiting.pop()
+            process = context.Process(target=_child, args=(model_type, derive, sender))
+            process.start()
+            sender.close()
+            running[receiver] = _Running(model_type, process, time.monotonic() + timeout)
+        nearest = min(entry.deadline for entry in running.values())
+        ready = wait(list(running), timeout=max(0.0, nearest - time.monotonic()))
+        late = [receiver for receiver, entry in running.items() if entry.deadline <= time.monotonic()]
+        for receiver in {*ready, *late}:
+            entry = running.pop(receiver)
+            yield _collect(receiver, entry, timed_out=receiver not in ready, timeout=timeout)
+
+
+def _collect(receiver: Connection, entry: _Running, *, timed_out: bool, timeout: float) -> Row:
+    """The row that the process sent, or one that says how it ended; the process is gone afterwards."""
+    row = Row(entry.model_type)
+    if timed_out:
+        entry.process.kill()
+        row.reason, row.seconds = f"timed out after {timeout:.0f} s", timeout
+    else:
+        try:
+            row = receiver.recv()
+        except EOFError:
+            entry.process.join()
+            row.reason = f"the process ended with code {entry.process.exitcode}"
+    entry.process.join()
+    receiver.close()
+    return row
+
+
+def _child(model_type: str, derive: bool, sender: Connection, run: Callable[..., Row] = probe) -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
+    sender.send(run(model_type, derive=derive))
+    sender.close()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,115 @@
+"""Export of a language model with dynamic batch and length, and what mixes its tokens besides attention."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+MAX_BATCH = 64
+MAX_LENGTH = 128
+_LIBRARY_FRAME = re.compile(r'File "[^"]*?/transformers/((?:models/)?[^"]+\.py)", line (\d+), in (\w+)')
+
+aten = torch.ops.aten
+_CONVOLUTIONS = {
+    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.convolution.default,
+}  # fmt: skip
+_RUNNING = {
+    aten.cumsum.default,
+    aten.cumprod.default,
+    aten.cummax.default,
+    aten.cummin.default,
+    aten.logcumsumexp.default,
+}
+_SHIFTS = {aten.roll.default, aten.flip.default, aten.constant_pad_nd.default, aten.pad.default}
+# Operations that take a tensor for its shape alone: what follows does not depend on the tokens.
+_SHAPE_ONLY = re.compile(r"(ones|zeros|full|empty|rand|randn)_like|new_\w+|sym_size|sym_numel")
+
+
+def export(model: nn.Module, ids: Tensor) -> ExportedProgram:
+    """Export ids [B, T] -> logits with B and T dynamic; raises what torch.export raises."""
+    shapes = {"ids": {0: Dim("batch", min=1, max=MAX_BATCH), 1: Dim("seq", min=2, max=MAX_LENGTH)}}
+    with torch.no_grad():
+        return torch.export.export(model, (ids,), dynamic_shapes=shapes, strict=False)
+
+
+def export_error(error: BaseException, trace: str) -> str:
+    """One line on why an export failed: the innermost frame inside the library, and the first line of the message."""
+    frames = _LIBRARY_FRAME.findall(trace)
+    place = "{}:{} {}: ".format(*frames[-1]) if frames else ""
+    return place + shorten(f"{type(error).__name__}: {error}")
+
+
+def shorten(message: str, limit: int = 200) -> str:
+    """The message on one line, at most `limit` characters."""
+    line = " ".join(message.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def sequence_mixers(exported: ExportedProgram) -> list[str]:
+    """Names of the operations, other than attention, that carry token values along the sequence.
+
+    These are convolutions, running sums, shifts, slices that drop an end, and higher-order loops, over a dimension that
+    contains the sequence length. Operations on positions alone (masks, rotary tables) do not count, nor does a
+    dimension that merges batch and sequence, which expert routing sorts.
+    """
+    graph = exported.graph
+    ids = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "ids")
+    batch, length = (next(iter(size.node.expr.free_symbols)) for size in ids.meta["val"].shape)
+
+    def over_sequence(size: int | torch.SymInt) -> bool:
+        symbols = size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+        return length in symbols and batch not in symbols
+
+    found: dict[str, None] = {}
+    of_tokens: set[fx.Node] = {ids}
+    for node in graph.nodes:
+        if node.op != "call_function" or not of_tokens.intersection(node.all_input_nodes):
+            continue
+        name = node.target.__name__ if hasattr(node.target, "__name__") else str(node.target)
+        if _SHAPE_ONLY.match(name):
+            continue
+        of_tokens.add(node)
+        mixer = _mixer(node, name, over_sequence)
+        if mixer:
+            found[mixer] = None
+    return list(found)
+
+
+def _mixer(node: fx.Node, name: str, over_sequence) -> str | None:
+    """The operation's name when it moves token values along the sequence."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None if "set_grad" in name or "autocast" in name else name
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    value = source.meta.get("val") if source is not None else None
+    if not isinstance(value, Tensor):
+        return None
+    if node.target in _CONVOLUTIONS:
+        return name if any(map(over_sequence, value.shape[2:])) else None
+    if node.target in _RUNNING:
+        return name if over_sequence(value.shape[node.args[1]]) else None
+    if node.target in _SHIFTS:
+        return name if _moves(node, value, over_sequence) else None
+    if node.target is aten.slice.Tensor and value.is_floating_point():
+        dim = node.args[1] if len(node.args) > 1 else 0
+        before, after = value.shape[dim], node.meta["val"].shape[dim]
+        return "slice (an end dropped)" if over_sequence(before) and not _equal(before, after) else None
+    return None
+
+
+def _moves(node: fx.Node, value: Tensor, over_sequence) -> bool:
+    """Whether a roll, flip or pad touches a sequence dimension."""
+    if node.target in (aten.roll.default, aten.flip.default):
+        dims = node.args[-1] if isinstance(node.args[-1], (list, tuple)) else range(value.dim())
+        return any(over_sequence(value.shape[dim]) for dim in dims)
+    padding = node.args[1]
+    padded = [
+        value.dim() - 1 - index // 2 for index, amount in enumerate(padding) if not isinstance(amount, int) or amount
+    ]
+    return value.is_floating_point() and any(over_sequence(value.shape[dim]) for dim in padded)
+
+
+def _equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    return str(left) == str(right)

@@ -1,0 +1,1 @@
+"""Small models for the tests: transformers architectures with explicit configurations, and hand-written modules."""
