@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -173,3 +174,11 @@ def symbolic_values(
             else:
                 values.append(size(one))
     return values
+
+
+@contextmanager
+def fake_execution(values: Sequence[Any]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Run operators on fakes, in the mode of `values`; yields what turns a real tensor into a static fake of it."""
+    mode = detect_fake_mode(list(values))
+    with enable_python_dispatcher(), mode, torch.no_grad():
+        yield lambda tensor: mode.from_tensor(tensor, static_shapes=True)

@@ -51,6 +51,28 @@ def visible(positions: Tensor, lengths: Tensor, tree: Tensor | None, slots: int)
     return (offset < 0) | ((offset < n) & (bit == 1))
 
 
+@torch.library.custom_op("accelc::key_positions", mutates_args=())
+def key_positions_op(positions: Tensor, lengths: Tensor, slots: int) -> Tensor:
+    """`key_positions` as one operation of the graph."""
+    return key_positions(positions, lengths, slots)
+
+
+@key_positions_op.register_fake
+def _(positions, lengths, slots):
+    return positions.new_empty(positions.shape[0], slots)
+
+
+@torch.library.custom_op("accelc::visible", mutates_args=())
+def visible_op(positions: Tensor, lengths: Tensor, tree: Tensor | None, slots: int) -> Tensor:
+    """`visible` as one operation of the graph."""
+    return visible(positions, lengths, tree, slots).clone()
+
+
+@visible_op.register_fake
+def _(positions, lengths, tree, slots):
+    return positions.new_empty(positions.shape[0], positions.shape[1], slots, dtype=torch.bool)
+
+
 def mask_family(mask: str, window: int, query_pos: Tensor, key_pos: Tensor) -> Tensor | None:
     """What a mask family allows, beyond structure, for query_pos [B, N] and key_pos [B, S]: bool [B, N, S], or None for all."""
     q, k = query_pos[:, :, None], key_pos[:, None, :]
@@ -302,6 +324,8 @@ def _(gate, up, kind):
 
 
 REFERENCES = {
+    torch.ops.accelc.key_positions.default: key_positions,
+    torch.ops.accelc.visible.default: visible,
     torch.ops.accelc.full_attention.default: full_attention_reference,
     torch.ops.accelc.attention.default: attention_reference,
     torch.ops.accelc.rms_norm.default: rms_norm_reference,

@@ -136,6 +136,16 @@ class EmptyPromptError(InputError):
     remedy = "Give at least one token, for example the beginning-of-sequence token."
 
 
+class EmptyBatchError(InputError):
+    """A batch without rows."""
+
+    remedy = "Give at least one prompt."
+
+
+class BatchSizeError(InputError):
+    """More rows, or another number of rows, than the decoder or session was built for."""
+
+
 class PromptTooLongError(InputError):
     """Prompt and new tokens do not fit into max_length."""
 
@@ -158,6 +168,16 @@ class SamplingError(InputError):
     """A sampling option is out of range."""
 
 
+class StopError(InputError):
+    """A stop condition is wrong: max_new_tokens, stop tokens or stop strings."""
+
+
+class SessionClosedError(AccelcError):
+    """A session was used after it was closed."""
+
+    remedy = "Start another one with decoder.start(prompts)."
+
+
 class NonFiniteLogitsError(AccelcError):
     """The model produced NaN or infinite logits."""
 
@@ -166,6 +186,12 @@ class NonFiniteLogitsError(AccelcError):
 
 class StreamerError(AccelcError):
     """The caller's streamer or callback raised; the original is chained as __cause__. The decoder stays usable."""
+
+
+class GenerationModeError(AccelcError, ValueError):
+    """transformers' generate was asked for something that the accelc decoding loop does not do."""
+
+    remedy = "Drop that option, or drop custom_generate for this call."
 
 
 class CompileError(AccelcError):
