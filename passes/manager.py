@@ -86,6 +86,10 @@ class Pipeline:
             if one.name not in self.disabled:
                 yield one, program
 
+    def active(self) -> list[Pass]:
+        """The passes in order, without the disabled ones."""
+        return [p for p in self.passes if p.name not in self.disabled]
+
     def _steps(
         self, program: Program, verify: Inputs | None, tolerance: float | None
     ) -> Iterator[tuple[Pass, Program]]:
@@ -98,7 +102,7 @@ class Pipeline:
             yield one, program
 
     def _check_before(self, program: Program, require: Exactness) -> None:
-        active = [p for p in self.passes if p.name not in self.disabled]
+        active = self.active()
         check_requirements(active, program.facts)
         weak = [f"{p.name} is {p.exactness}" for p in active if p.exactness < require]
         if program.exactness < require:

@@ -25,8 +25,8 @@ ACTIVATIONS = {
 def key_positions(positions: Tensor, lengths: Tensor, slots: int) -> Tensor:
     """Position of the token in each cache slot.
 
-    positions [B, N], lengths [B] -> [B, S]: slot s holds position s when committed (s < lengths), else the position of new
-    token s - lengths; slots beyond the new tokens repeat the last new position (they are never visible).
+    positions [B, N], lengths [B] -> [B, S]: slot s holds position s when committed (s < lengths), else the position of
+    new token s - lengths; slots beyond the new tokens repeat the last new position (they are never visible).
     """
     slot = torch.arange(slots, device=positions.device)
     offset = slot[None, :] - lengths[:, None]  # [B, S]
@@ -74,7 +74,7 @@ def _(positions, lengths, tree, slots):
 
 
 def mask_family(mask: str, window: int, query_pos: Tensor, key_pos: Tensor) -> Tensor | None:
-    """What a mask family allows, beyond structure, for query_pos [B, N] and key_pos [B, S]: bool [B, N, S], or None for all."""
+    """What a mask family allows beyond structure: query_pos [B, N], key_pos [B, S] -> bool [B, N, S], None for all."""
     q, k = query_pos[:, :, None], key_pos[:, None, :]
     if mask == "window":
         return q - k < window
@@ -107,8 +107,8 @@ def attention(
     """Attention of N new tokens over a cache that already holds them; docs/design.md, 'attention'.
 
     query [B, H, N, D], key [B, Hk, S, D], value [B, Hk, S, Dv] (query head h reads key head h // (H // Hk)), positions
-    [B, N], lengths [B], tree [B, N, W] or None, bias broadcastable to [B, H, N, S] (float, added; bool, True = visible),
-    sinks [H] (an extra logit in the denominator only), slopes [H] (ALiBi). Arithmetic in fp32 (fp64 stays fp64).
+    [B, N], lengths [B], tree [B, N, W] or None, bias broadcastable to [B, H, N, S] (float, added; bool: True is
+    visible), sinks [H] (an extra logit in the denominator only), slopes [H] (ALiBi). Arithmetic in fp32 (fp64 stays fp64).
     Returns [B, H, N, Dv] in query's dtype, laid out so that transpose(1, 2) is contiguous.
     """
     return attention_reference(
@@ -188,8 +188,9 @@ def full_attention(
 ) -> Tensor:
     """Attention of a whole sequence to itself, as forward programs have it: what every spelling is raised to.
 
-    query [B, H, T, D], key [B, Hk, T, D], value [B, Hk, T, Dv] (H % Hk == 0), bias broadcastable to [B, H, T, T] (float,
-    added; bool, True = visible), sinks [H]. `is_causal` hides later keys besides. Deriving the step turns it into `attention`.
+    query [B, H, T, D], key [B, Hk, T, D], value [B, Hk, T, Dv] (H % Hk == 0), bias broadcastable to [B, H, T, T]
+    (float, added; bool: True is visible), sinks [H]. `is_causal` hides later keys besides. Deriving the step turns it
+    into `attention`.
     """
     return full_attention_reference(query, key, value, bias, sinks, is_causal, scale, softcap)
 
@@ -239,8 +240,8 @@ def _(query, key, value, bias, sinks, is_causal, scale, softcap):
 def cache_update(cache: Tensor, value: Tensor, lengths: Tensor, dim: int) -> None:
     """Write new rows behind the committed ones, in place.
 
-    cache [B, ..., S, ...] with S at `dim`, value [B, ..., N, ...] with N at `dim`, lengths [B]: row i of batch row b goes to
-    slot lengths[b] + i. The caller guarantees lengths + N <= S.
+    cache [B, ..., S, ...] with S at `dim`, value [B, ..., N, ...] with N at `dim`, lengths [B]: row i of batch row b goes
+    to slot lengths[b] + i. The caller guarantees lengths + N <= S.
     """
     n = value.shape[dim]
     slot = lengths[:, None] + torch.arange(n, device=lengths.device)  # [B, N]
@@ -255,12 +256,13 @@ def _(cache, value, lengths, dim):
 
 
 # -- norms, rotary, gates --------------------------------------------------------------------------------------------
+# Their results are contiguous whatever the strides of the arguments, so that a fake value says what a kernel returns.
 
 
 @torch.library.custom_op("accelc::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float) -> Tensor:
     """Root-mean-square norm over the last dim: x / sqrt(mean(x^2) + eps) * (weight + weight_offset), in fp32."""
-    return rms_norm_reference(x, weight, eps, weight_offset)
+    return rms_norm_reference(x, weight, eps, weight_offset).contiguous()
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float) -> Tensor:
@@ -284,7 +286,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
     rotate maps halves (a, b) to (-b, a); with `interleaved` it maps neighbouring pairs (Su et al. 2021).
     """
-    return rotary_reference(x, cos, sin, interleaved)
+    return rotary_reference(x, cos, sin, interleaved).contiguous()
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -306,7 +308,7 @@ def _(x, cos, sin, interleaved):
 @torch.library.custom_op("accelc::gated_activation", mutates_args=())
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """activation(gate) * up; kind is a key of `ACTIVATIONS` (silu: SwiGLU, gelu / gelu_tanh: GeGLU; Shazeer 2020)."""
-    return gated_activation_reference(gate, up, kind)
+    return gated_activation_reference(gate, up, kind).contiguous()
 
 
 def gated_activation_reference(gate: Tensor, up: Tensor, kind: str) -> Tensor:

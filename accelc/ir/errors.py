@@ -1,6 +1,6 @@
 """Every mistake a user can make has a class here: what is wrong, where, and what to do about it.
 
-A subclass states its ``remedy`` once; the raiser gives ``what`` and ``where``. ``AccelcError`` is the one class to catch.
+A subclass states its ``remedy`` once; the raiser gives ``what`` and ``where``. ``AccelcError`` is the class to catch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class AccelcError(Exception):
 class CaptureError(AccelcError):
     """The model could not be captured as a graph with dynamic batch and length."""
 
-    remedy = "The forward must map token ids [B, T] to logits [B, T, V] by tensor operations that torch.export can trace."
+    remedy = "The forward must map ids [B, T] to logits [B, T, V] by tensor operations that torch.export can trace."
 
 
 class NoLogitsError(CaptureError):
@@ -39,7 +39,7 @@ class NoLogitsError(CaptureError):
 class MetaDeviceError(CaptureError):
     """Parameters live on the meta device: there are no weights to run."""
 
-    remedy = "Load the weights first (for transformers: from_pretrained, or model.to_empty(device=...) and load_state_dict)."
+    remedy = "Load the weights first: from_pretrained, or model.to_empty(device=...) and load_state_dict."
 
 
 class InvariantError(AccelcError):

@@ -17,7 +17,7 @@ from accelc.ir.state import StateSpec
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its name and options, how often it matched, seconds taken, and free-form notes for the report."""
+    """What one pass did: name and options, how often it matched, seconds taken, and free-form notes for the report."""
 
     name: str
     options: dict[str, object]
@@ -89,7 +89,9 @@ class Program:
 
     def __str__(self) -> str:
         lines = [f"program {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}  [{self.exactness}]"]
-        lines += [f"  state {s.name} {list(s.shape)} {s.dtype}, {s.bytes_per_token()} bytes a token" for s in self.states]
+        lines += [
+            f"  state {s.name} {list(s.shape)} {s.dtype}, {s.bytes_per_token()} bytes a token" for s in self.states
+        ]
         lines += [f"  {record}" for record in self.history]
         return "\n".join(lines)
 
@@ -125,8 +127,8 @@ def check(program: Program) -> None:
 
     1. The graph lints, and every node is a placeholder, get_attr, call_function or the one output.
     2. Placeholders are exactly the inputs followed by the states, in order, and names are unique.
-    3. The output returns a tuple of nodes, one per output name.
-    4. Every call is an operator overload, a `getitem`, or symbolic size arithmetic.
+    3. The output returns a tuple of nodes, one per output name, and these are unique.
+    4. Every call is an operator overload, a `getitem`, or arithmetic on sizes (which yields no tensor).
     5. Every get_attr names a tensor that exists and is not on the meta device.
     6. Only states are mutated: the mutated argument of an operator is a state's placeholder.
     7. Every state is mutated, has B at dim 0 and S at its time dim, and carries no other symbol.
@@ -145,6 +147,11 @@ def check(program: Program) -> None:
     returned = graph.output_node().args[0]
     if not isinstance(returned, tuple) or len(returned) != len(program.outputs):
         raise InvariantError(f"{program.name!r} must return a tuple of {len(program.outputs)} named outputs")
+    if len(set(program.outputs)) != len(program.outputs):
+        raise InvariantError(f"the outputs of {program.name!r} do not have unique names: {program.outputs}")
+    for name, value in zip(program.outputs, returned):
+        if not isinstance(value, fx.Node):
+            raise InvariantError(f"output {name} of {program.name!r} is not a node but {value!r}")
     states = {n for n in program.placeholders() if n.target in {s.name for s in program.states}}
     mutated: set[fx.Node] = set()
     for node in graph.nodes:
@@ -175,17 +182,29 @@ def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _check_node(program: Program, node: fx.Node) -> None:
-    where = "\n" + around(program.graph, node)
+    if problem := _problem(program, node):
+        raise InvariantError(problem, where="\n" + around(program.graph, node))
+
+
+def _problem(program: Program, node: fx.Node) -> str:
+    """What is wrong with one node by itself; empty when nothing is."""
     if node.op not in ("placeholder", "get_attr", "call_function", "output"):
-        raise InvariantError(f"{node.op} nodes are not allowed", where=where)
+        return f"{node.op} nodes are not allowed"
     if node.op == "get_attr":
-        try:
-            tensor = fetch(program.module, str(node.target))
-        except AttributeError:
-            raise InvariantError(f"{node.target} does not exist", where=where) from None
+        tensor = fetch(program.module, str(node.target))  # lint has seen that it exists
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
-            raise InvariantError(f"{node.target} is not a tensor with data", where=where)
+            return f"{node.target} is not a tensor with data"
     if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
-        module = getattr(node.target, "__module__", "")
-        if node.target is not operator.getitem and module not in ("_operator", "math", "torch", "torch.utils._sympy.functions"):
-            raise InvariantError(f"{node.target} is not an operator overload", where=where)
+        if node.target is operator.getitem:
+            return ""
+        if not _is_size_arithmetic(node.target) or isinstance(node.meta.get("val"), torch.Tensor):
+            return f"{node.target} is not an operator overload"
+    return ""
+
+
+def _is_size_arithmetic(target: object) -> bool:
+    """Python operators, `math`, torch's symbolic functions (sym_max, ...) and those that sympy expressions print as."""
+    module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
+    if module == "torch":
+        return name.startswith(("sym_", "_sym_"))
+    return module in ("_operator", "math", "torch.utils._sympy.functions")

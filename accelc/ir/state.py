@@ -13,7 +13,7 @@ BATCH, SLOTS = "B", "S"
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One cached tensor. ``shape`` holds ints and the letters B (always at dim 0) and S (the time axis, at ``time_dim``).
+    """One cached tensor. ``shape`` holds ints and the letters B (always at dim 0) and S (time axis, at ``time_dim``).
 
     A step appends: new token i of row b is written at slot lengths[b] + i (`accelc::cache_update`). Rolling back is
     lowering lengths[b]; committing a tree path is moving rows.
