@@ -1,0 +1,187 @@
+"""The decoder: compiled steps with their states, behind `generate`, `stream` and `start`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from accelc.ir.errors import PromptTooLongError, StopError
+from accelc.ir.state import StateSpec
+from accelc.runtime.generation import Generation, Row
+from accelc.runtime.prompts import Prompt, read_prompts
+from accelc.runtime.result import GenerateResult
+from accelc.runtime.sampling import SamplingParams
+from accelc.runtime.selection import spread_params, spread_seeds
+from accelc.runtime.session import Session
+from accelc.runtime.steps import StatePool, StepFunction, Steps, cache_capacity
+from accelc.runtime.stopping import Stops, token_set
+from accelc.runtime.stream import Stream, Streamer, StreamerGuard
+from accelc.runtime.text import Decode, Detokenizer, Tokenizer, decode_function
+
+
+class Decoder:
+    """Generates tokens with compiled steps.
+
+    decode, many, prefill: see `Steps`. states: one spec per state argument. max_length: tokens of a sequence, prompt
+    included. chunk: most tokens one step takes. capacity: slots of the states' time axis (default: `cache_capacity`).
+    max_batch: None for any. vocab_size: None learns it from the logits of one step at the first call. eos: token id or
+    ids that end a row. tokenizer: default for texts and stop strings, an object with ``decode(ids)`` or a callable.
+
+    Calls from several threads wait for each other. Any error, KeyboardInterrupt included, leaves the decoder usable.
+    """
+
+    def __init__(
+        self,
+        decode: StepFunction,
+        many: StepFunction,
+        states: Sequence[StateSpec],
+        *,
+        prefill: StepFunction | None = None,
+        max_length: int,
+        chunk: int = 256,
+        capacity: int | None = None,
+        max_batch: int | None = None,
+        vocab_size: int | None = None,
+        eos: int | Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        tokenizer: Tokenizer | Decode | None = None,
+    ) -> None:
+        self.steps = Steps(
+            decode=decode,
+            many=many,
+            prefill=prefill,
+            states=tuple(states),
+            max_length=max_length,
+            chunk=chunk,
+            capacity=cache_capacity(max_length, chunk) if capacity is None else capacity,
+            device=torch.device(device),
+        )
+        self.max_batch = max_batch
+        self.eos = token_set(eos)
+        self.tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._pool = StatePool(self.steps)
+        # Re-entrant: a streamer may call the decoder that is calling it. Calls never share states, so that is safe.
+        self._lock = threading.RLock()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a sequence may have, prompt included."""
+        return self.steps.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; learned by running one step where it was not given."""
+        if self._vocab_size is None:
+            with self._lock, torch.inference_mode(), Session(self.steps, self._pool, self._lock, None, 1) as probe:
+                self._vocab_size = probe.decode(torch.zeros(1, dtype=torch.int64, device=self.steps.device)).shape[-1]
+        return self._vocab_size
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop_tokens: int | Sequence[int] = (),
+        stop_strings: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        tokenizer: Tokenizer | Decode | None = None,
+        streamer: Streamer | None = None,
+    ) -> GenerateResult:
+        """Continue one or several prompts until each row ends.
+
+        prompt: [T] or [B, T] integer tensor, a list of ids, or a list of prompts of different lengths.
+        max_new_tokens: exact unless a row ends before; None goes on to max_length. sampling: for all rows or one each;
+        None is greedy. seed: row b of one integer uses seed + b; or one each; None draws one and reports it.
+        stop_tokens, stop_strings: see `Stops`; strings need a tokenizer. ignore_eos: go on after the model's eos.
+        streamer: a function called with each `TokenEvent`, or a transformers streamer.
+
+        Raises `InputError`s for bad input, `NonFiniteLogitsError`, and `StreamerError` for what the streamer raises.
+        """
+        with self._lock:
+            generation = self._prepare(
+                prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer
+            )
+            with generation.session, torch.inference_mode():
+                if streamer is None:
+                    for _ in generation.run():
+                        pass
+                else:
+                    guard = StreamerGuard(streamer, generation.prompts, min(self.eos, default=0))
+                    for rows in generation.run():
+                        guard.step(rows)
+                    guard.end()
+            return generation.result()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop_tokens: int | Sequence[int] = (),
+        stop_strings: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        tokenizer: Tokenizer | Decode | None = None,
+    ) -> Stream:
+        """As `generate`, but returns an iterator of `TokenEvent`s; bad input raises here, not at the first event."""
+        with self._lock:
+            return Stream(
+                self._prepare(prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer),
+                self._lock,
+            )
+
+    def start(self, prompts: Prompt) -> Session:
+        """A `Session` that holds the prompts (prefilled), for callers that bring their own loop."""
+        with self._lock:
+            rows = self._read(prompts)
+            session = self._session(len(rows))
+            try:
+                session.extend(rows)
+            except BaseException:
+                session.close(discard=True)
+                raise
+            return session
+
+    def _read(self, prompt: Prompt) -> list[torch.Tensor]:
+        return read_prompts(prompt, vocab_size=self.vocab_size, max_length=self.max_length, max_batch=self.max_batch)
+
+    def _session(self, batch: int) -> Session:
+        return Session(self.steps, self._pool, self._lock, self.vocab_size, batch)
+
+    def _prepare(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        seed: int | Sequence[int] | None,
+        stop_tokens: int | Sequence[int],
+        stop_strings: str | Sequence[str],
+        ignore_eos: bool,
+        tokenizer: Tokenizer | Decode | None,
+    ) -> Generation:
+        """Check everything a caller gave, then take states."""
+        strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        eos = frozenset() if ignore_eos else self.eos
+        stops = Stops(max_new_tokens, eos, token_set(stop_tokens), strings)
+        decode = decode_function(tokenizer if tokenizer is not None else self.tokenizer)
+        if strings and decode is None:
+            raise StopError("stop strings without a tokenizer", remedy="Pass tokenizer=, or use stop_tokens.")
+        prompts = self._read(prompt)
+        params, seeds = spread_params(sampling, len(prompts)), spread_seeds(seed, len(prompts))
+        rows = []
+        for index, ids in enumerate(prompts):
+            room = self.max_length - len(ids)
+            if max_new_tokens is not None and max_new_tokens > room:
+                raise PromptTooLongError(
+                    f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed max_length {self.max_length}",
+                    where=f"row {index}",
+                )
+            text = None if decode is None else Detokenizer(decode, ids.tolist(), strings)
+            rows.append(Row(index, max_new_tokens or room, stops, text))
+        return Generation(self._session(len(prompts)), prompts, rows, params, seeds)

@@ -1,0 +1,143 @@
+"""The decoding loop: prefill once, then select, accept, step, until every row has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from accelc.ir.errors import NonFiniteLogitsError
+from accelc.runtime.result import GenerateResult, Statistics, TokenEvent
+from accelc.runtime.sampling import SamplingParams
+from accelc.runtime.selection import selector
+from accelc.runtime.session import Session
+from accelc.runtime.stopping import FinishReason, Stops
+from accelc.runtime.text import Detokenizer
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of a generation as the host sees it."""
+
+    index: int
+    budget: int
+    """New tokens it may have."""
+    stops: Stops
+    text: Detokenizer | None
+    tokens: list[int] = field(default_factory=list)
+    piece: str = ""
+    """Text that became certain with the last token."""
+    finish: FinishReason | None = None
+
+    def accept(self, token: int) -> bool:
+        """Take the next token; True when it is the last. Raises `NonFiniteLogitsError` for the selector's -1."""
+        if token < 0:
+            raise NonFiniteLogitsError(
+                "the model's logits are not finite", where=f"row {self.index}, new token {len(self.tokens)}"
+            )
+        self.tokens.append(token)
+        if token in self.stops.eos:
+            self.finish = FinishReason.EOS
+        elif token in self.stops.tokens:
+            self.finish = FinishReason.STOP_TOKEN
+        elif self.text is not None and self._read(token, self.text):
+            self.finish = FinishReason.STOP_STRING
+        elif len(self.tokens) == self.budget:
+            self.finish = FinishReason.LENGTH
+        else:
+            return False
+        self._close()
+        return True
+
+    def cancel(self) -> None:
+        """End the row where it is, unless it has ended."""
+        if self.finish is None:
+            self.finish = FinishReason.CANCELLED
+            self.piece = ""
+            self._close()
+
+    def _read(self, token: int, text: Detokenizer) -> bool:
+        self.piece = text.push(token)
+        return text.stopped
+
+    def _close(self) -> None:
+        if self.text is not None:
+            ending = self.finish in (FinishReason.EOS, FinishReason.STOP_TOKEN)
+            held = self.text.finish()
+            # The ending token has no text of its own: `piece` is still the one of the token before.
+            self.piece = held if ending else self.piece + held
+            if self.text.stopped and self.finish is FinishReason.LENGTH:
+                self.finish = FinishReason.STOP_STRING  # found in text that was waiting for the rest of a character
+
+    def event(self) -> TokenEvent:
+        """What happened to the row at the last step."""
+        return TokenEvent(self.index, self.tokens[-1], self.piece, self.finish)
+
+
+@dataclass
+class Generation:
+    """One call in progress: its session, its rows, its clock."""
+
+    session: Session
+    prompts: list[Tensor]
+    rows: list[Row]
+    params: Sequence[SamplingParams]
+    seeds: list[int]
+    steps: int = 0
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+
+    def run(self) -> Iterator[list[Row]]:
+        """Yield, after each token, the rows that took one. The caller holds the lock and inference mode."""
+        session, active = self.session, self.rows
+        begun = perf_counter()
+        logits = session.prefill(self.prompts)  # [B, V]
+        select = selector(self.params, self.seeds, self.prompts, logits)
+        session.synchronize()
+        self.prefill_seconds = perf_counter() - begun
+        retired = False
+        while True:
+            chosen = select(logits)  # [B]
+            tokens = chosen.tolist()
+            ended = False
+            for row in active:
+                if row.accept(tokens[row.index]):
+                    ended = True
+            self.seconds += perf_counter() - begun
+            if not self.steps:
+                self.first_token_seconds = self.seconds
+            yield active
+            begun = perf_counter()
+            if ended:
+                session.retire([row.index for row in active if row.finish is not None])
+                active = [row for row in active if row.finish is None]
+                retired = True
+                if not active:
+                    return
+            if retired:
+                chosen = chosen.clamp(min=0)  # padding of ended rows may be -1
+            logits = session.decode(chosen)
+            self.steps += 1
+
+    def result(self) -> GenerateResult:
+        """Everything so far; rows that go on count as cancelled."""
+        for row in self.rows:
+            row.cancel()
+        with torch.inference_mode(False):
+            tokens = [torch.tensor(row.tokens, dtype=torch.int64) for row in self.rows]
+        texts = [row.text.text for row in self.rows if row.text is not None]
+        statistics = Statistics(
+            prompt_tokens=sum(map(len, self.prompts)),
+            new_tokens=sum(map(len, tokens)),
+            steps=self.steps,
+            prefill_seconds=self.prefill_seconds,
+            first_token_seconds=self.first_token_seconds,
+            total_seconds=self.seconds,
+            batch=len(self.rows),
+        )
+        reasons = [row.finish or FinishReason.CANCELLED for row in self.rows]
+        return GenerateResult(self.prompts, tokens, reasons, texts or None, self.seeds, statistics)

@@ -1,0 +1,111 @@
+"""Sampling: what a user may ask for, the processors that shape the distribution, and the exact draw from it.
+
+Processors are pure functions on scores [B, V] with one setting per row; filtered tokens get -inf. Their meaning and
+order are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from accelc.ir.errors import SamplingError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one row picks its next token. The default is greedy: the likeliest token, the lowest id on a tie.
+
+    * ``temperature``: 0 is greedy; otherwise scores are divided by it.
+    * ``top_k``: keep the k likeliest tokens (and ties with the last of them); 0 keeps all.
+    * ``top_p``: keep the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020).
+    * ``min_p``: drop tokens less likely than min_p times the likeliest (Nguyen et al. 2024).
+    * ``repetition_penalty``: positive scores of tokens in prompt or output are divided by it, negative ones multiplied
+      (Keskar et al. 2019); acts on greedy rows too.
+
+    Raises `SamplingError` for values out of range, and for filters that greedy decoding would ignore.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, Real, lambda t: 0 <= t < math.inf, "a number >= 0 (0 is greedy)")
+        _require("top_k", self.top_k, Integral, lambda k: k >= 0, "an integer >= 0 (0 keeps all tokens)")
+        _require("top_p", self.top_p, Real, lambda p: 0 < p <= 1, "in (0, 1]")
+        _require("min_p", self.min_p, Real, lambda p: 0 <= p < 1, "in [0, 1)")
+        _require("repetition_penalty", self.repetition_penalty, Real, lambda p: 0 < p < math.inf, "a number > 0")
+        filters = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+        if self.greedy and any(filters.values()):
+            names = ", ".join(name for name, given in filters.items() if given)
+            raise SamplingError(
+                f"{names} has no effect on greedy decoding",
+                remedy="Set a temperature above 0 (1.0 leaves scores alone).",
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the row takes the likeliest token and draws nothing."""
+        return self.temperature == 0
+
+
+def _require(name: str, value: object, kind: type, accept, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not accept(value):
+        raise SamplingError(f"{name} is {value!r}", remedy=f"{name} must be {wanted}.")
+
+
+# -- processors: scores [B, V] float, one setting per row [B] ----------------------------------------------------------
+
+
+def penalize_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Divide positive and multiply negative scores of tokens with seen [B, V] (bool) by penalty [B]."""
+    factor = penalty[:, None]
+    return torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
+
+
+def apply_temperature(scores: Tensor, temperature: Tensor) -> Tensor:
+    """Divide by temperature [B]."""
+    return scores / temperature[:, None]
+
+
+def keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
+    """Keep scores not below the k[b]-th largest (so ties with it stay); k [B] int64, 0 keeps all."""
+    size = scores.shape[-1]
+    k = torch.where(k == 0, size, k.clamp(max=size))
+    largest = scores.topk(int(k.max()), dim=-1).values
+    return scores.masked_fill(scores < largest.gather(1, k[:, None] - 1), -math.inf)
+
+
+def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
+    """Keep the likeliest tokens whose probability first reaches p [B]; 1 keeps all."""
+    ascending, order = scores.sort(dim=-1)
+    below = ascending.softmax(dim=-1).cumsum(dim=-1)
+    drop = below <= 1 - p[:, None]
+    drop[:, -1] = False
+    drop &= p[:, None] < 1
+    return scores.masked_fill(torch.empty_like(drop).scatter_(1, order, drop), -math.inf)
+
+
+def keep_min_p(scores: Tensor, p: Tensor) -> Tensor:
+    """Keep tokens at least p[b] times as likely as the likeliest."""
+    probs = scores.softmax(dim=-1)
+    return scores.masked_fill(probs < p[:, None] * probs.amax(dim=-1, keepdim=True), -math.inf)
+
+
+def draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """One token per row from softmax(scores [B, V]) by inverting its distribution at uniform [B] in [0, 1): int64 [B].
+
+    Sums run in float64, so probabilities are exact to the rounding of softmax at any vocabulary size.
+    """
+    cumulative = scores.softmax(dim=-1).to(torch.float64).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that the search ends at a token with a probability.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)

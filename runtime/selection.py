@@ -1,0 +1,141 @@
+"""Selectors: turn logits [B, V] into one token per row. A row whose logits are not finite gets -1.
+
+Finite means: no NaN, no +inf, and not all -inf (a model may mask single tokens with -inf).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accelc.ir.errors import SamplingError
+from accelc.runtime.sampling import (
+    SamplingParams,
+    apply_temperature,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+)
+
+Selector = Callable[[Tensor], Tensor]
+"""logits [B, V] -> int64 [B] on the same device, -1 where the logits are not finite."""
+
+DRAWS = 64
+"""Random numbers fetched from a row's generator at once; part of what a seed means, so never change it."""
+
+
+def selector(
+    params: Sequence[SamplingParams], seeds: Sequence[int], prompts: Sequence[Tensor], like: Tensor
+) -> Selector:
+    """The cheapest selector that does what ``params`` ask for, one per row, for logits like ``like`` [B, V]."""
+    if all(p == SamplingParams() for p in params):
+        return likeliest
+    return Sampler(params, seeds, prompts, like)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The token with the largest logit, the lowest id on a tie."""
+    if logits.device.type != "cpu":
+        values, tokens = logits.max(dim=-1)
+        return torch.where(values.isfinite(), tokens, -1)
+    # numpy's argmax is vectorised, torch's is not: 3 against 28 microseconds for 32000 floats on a Zen 5 core.
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    scores = logits.numpy()
+    best = scores.argmax(axis=-1)  # the first NaN if there is one
+    peaks = scores[np.arange(len(best)), best].tolist()
+    if not all(map(math.isfinite, peaks)):
+        best[~np.isfinite(peaks)] = -1
+    return torch.from_numpy(best)
+
+
+class Sampler:
+    """Per-row sampling. Row b's draws depend on seeds[b], its own logits and its own settings, not on its neighbours.
+
+    A greedy row among sampled ones takes its likeliest token; the repetition penalty covers prompt and output.
+    """
+
+    def __init__(
+        self, params: Sequence[SamplingParams], seeds: Sequence[int], prompts: Sequence[Tensor], like: Tensor
+    ) -> None:
+        device = like.device
+
+        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+
+        self._greedy = torch.tensor([p.greedy for p in params], device=device)
+        self._temperature = torch.where(self._greedy, 1.0, column("temperature"))
+        self._k, self._p, self._min = column("top_k", torch.int64), column("top_p"), column("min_p")
+        self._penalty = column("repetition_penalty")
+        self._seen = torch.zeros(like.shape, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            self._seen[row, prompt.to(device)] = True
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._uniforms = torch.empty(0)  # [B, DRAWS] float64
+        self._drawn = DRAWS
+        self._samples = any(not p.greedy for p in params)
+        self._penalizes = any(p.repetition_penalty != 1 for p in params)
+        self._cuts_k = any(p.top_k > 0 for p in params)
+        self._cuts_p = any(p.top_p < 1 for p in params)
+        self._cuts_min = any(p.min_p > 0 for p in params)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if self._penalizes:
+            scores = penalize_repetition(scores, self._seen, self._penalty)
+        tokens = likeliest(scores)
+        if self._samples:
+            drawn = draw(self._filtered(scores), self._next_uniform())
+            tokens = torch.where(self._greedy | (tokens < 0), tokens, drawn)
+        if self._penalizes:
+            self._seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
+        return tokens
+
+    def _filtered(self, scores: Tensor) -> Tensor:
+        scores = apply_temperature(scores, self._temperature)
+        if self._cuts_k:
+            scores = keep_top_k(scores, self._k)
+        if self._cuts_p:
+            scores = keep_top_p(scores, self._p)
+        return keep_min_p(scores, self._min) if self._cuts_min else scores
+
+    def _next_uniform(self) -> Tensor:
+        """The next random number of each row, [B] float64."""
+        if self._drawn == DRAWS:
+            blocks = [torch.rand(DRAWS, dtype=torch.float64, generator=g) for g in self._generators]
+            self._uniforms = torch.stack(blocks).to(self._greedy.device)
+            self._drawn = 0
+        column = self._uniforms[:, self._drawn]
+        self._drawn += 1
+        return column
+
+
+def spread_params(sampling: SamplingParams | Sequence[SamplingParams] | None, batch: int) -> list[SamplingParams]:
+    """One set of parameters per row, from one for all, one each, or None for greedy."""
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * batch
+    params = list(sampling)
+    if not all(isinstance(p, SamplingParams) for p in params) or len(params) != batch:
+        raise SamplingError(
+            f"{len(params)} sampling settings for {batch} rows", remedy="Give one SamplingParams, or one per row."
+        )
+    return params
+
+
+def spread_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    """One seed per row: row r of one seed uses seed + r; None takes one from torch's own generator."""
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+    valid = [isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds]
+    if isinstance(seed, bool) or len(seeds) != batch or not all(valid):
+        raise SamplingError(
+            f"seed is {seed!r}", remedy=f"Give an integer in [0, 2**63), or one for each of {batch} rows."
+        )
+    return seeds

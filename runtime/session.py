@@ -1,0 +1,235 @@
+"""A session: rows of tokens with their states, one step at a time. The level for algorithms that bring their own loop.
+
+session = decoder.start([[1, 2, 3], [4, 5]])   # rows of different lengths, no left padding
+session.logits                                 # [B, V]: what follows each prompt
+logits = session.step(torch.tensor([7, 8]))    # [B, 1, V]; the tokens are committed
+session.rollback([0], [3])                     # row 0 holds 3 tokens again
+session.close()                                # gives its states back for the next call
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from accelc.ir.errors import (
+    BatchSizeError,
+    EmptyPromptError,
+    InputError,
+    NonFiniteLogitsError,
+    PromptTooLongError,
+    RankError,
+    SessionClosedError,
+)
+from accelc.runtime.prompts import check_range, split_rows
+from accelc.runtime.steps import StatePool, Steps
+
+
+class Session:
+    """B rows; row b holds ``lengths[b]`` committed tokens, in slots 0 .. lengths[b] - 1 of every state.
+
+    Made by `Decoder.start`. Public methods check their input, run one at a time per decoder (``lock``), and leave the
+    session as it was when they raise. A session is a context manager that closes itself.
+    """
+
+    def __init__(
+        self, steps: Steps, pool: StatePool, lock: threading.RLock, vocab_size: int | None, batch: int
+    ) -> None:
+        self.steps = steps
+        self.batch = batch
+        self._pool, self._lock, self._vocab_size = pool, lock, vocab_size
+        self._lease: tuple[Tensor, ...] | None = pool.take(batch)
+        self._states = tuple(state[:batch] for state in self._lease)
+        device = steps.device
+        with torch.inference_mode(False):
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            """Committed tokens per row, int64 [B]; a live buffer: read it, change it through `step` and `rollback`."""
+            self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self._positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            # Flat views of the two, and 1 for each row that still generates: what the hot loop writes.
+            self._token_row, self._position_row = self._tokens.view(batch), self._positions.view(batch)
+            self._advance = torch.ones(batch, dtype=torch.int64, device=device)
+        self.logits: Tensor | None = None
+        """[B, V]: the logits after the last token of each row, as of the last `extend` (for `start`: the prompts)."""
+
+    # -- the hot path: no checks, no lock, inference mode is the caller's ------------------------------------------
+
+    def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Append one prompt per row (int64 [T] CPU tensors, checked) in chunks; [B, V] logits after each row's last."""
+        chunk, device = self.steps.chunk, self.steps.device
+        counts = torch.tensor([len(p) for p in prompts])
+        longest = int(counts.max())
+        padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(
+            device
+        )  # [B, longest], zeros behind
+        final: Tensor | None = None
+        for begin in range(0, longest, chunk):
+            tokens = padded[:, begin : begin + chunk].contiguous()
+            valid = (counts - begin).clamp(0, tokens.shape[1]).to(device)
+            logits = self._last_logits(tokens, valid)
+            # A row keeps the logits of the chunk it ends in; later chunks only pad it.
+            final = logits if final is None else torch.where((valid > 0)[:, None], logits, final)
+            self.lengths.add_(valid)
+        assert final is not None
+        self._position_row.copy_(self.lengths)
+        return final
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Append one token per row (int64 [B]) and return the logits [B, V] after it. Retired rows are padded."""
+        self._token_row.copy_(tokens)
+        logits = self.steps.decode(self._tokens, self._positions, self.lengths, *self._states)[0]
+        self.lengths.add_(self._advance)
+        self._position_row.add_(self._advance)
+        return logits.select(1, 0)
+
+    def retire(self, rows: Sequence[int]) -> None:
+        """Rows that generate no more: from now on `decode` leaves their lengths alone."""
+        self._advance[list(rows)] = 0
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that the host's clock means something."""
+        if self.steps.device.type == "cuda":
+            torch.cuda.synchronize(self.steps.device)
+
+    def _last_logits(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Run tokens [B, N] and return the logits [B, V] at each row's last valid token."""
+        last = (valid - 1).clamp_(min=0)
+        if tokens.shape[1] > 1 and self.steps.prefill is not None:
+            return self.steps.prefill(tokens, self._chain(tokens), self.lengths, last, *self._states)[0].select(1, 0)
+        logits = self._run(tokens)
+        return logits[torch.arange(self.batch, device=logits.device), last]
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        """Run tokens [B, N] behind the committed ones, committing nothing: logits [B, N, V]."""
+        step = self.steps.decode if tokens.shape[1] == 1 else self.steps.many
+        return step(tokens, self._chain(tokens), self.lengths, *self._states)[0]
+
+    def _chain(self, tokens: Tensor) -> Tensor:
+        """Positions [B, N] of a chain behind the lengths. Padding may reach max_length: position tables end there."""
+        offsets = torch.arange(tokens.shape[1], device=tokens.device)
+        return (self.lengths[:, None] + offsets).clamp_(max=self.steps.max_length - 1)
+
+    # -- the public, checked level -----------------------------------------------------------------------------------
+
+    def extend(self, rows: Sequence[Tensor] | Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to every row, of different lengths if you like, in chunks; [B, V] logits after each row's last.
+
+        Raises `InputError`s for bad ids, `PromptTooLongError` beyond max_length, `NonFiniteLogitsError`.
+        """
+        prompts = split_rows(rows)
+        for index, row in enumerate(prompts):
+            if row.numel() == 0:
+                raise EmptyPromptError("nothing to append", where=f"row {index}")
+            self._check_ids(row, f"row {index}")
+        with self._transaction([len(p) for p in prompts]):
+            logits = self.prefill(prompts)
+            self._require_finite(logits.amax(-1, keepdim=True))
+        self.logits = logits
+        return logits
+
+    def step(self, tokens: Tensor, valid: Sequence[int] | None = None) -> Tensor:
+        """Append a chain of N tokens per row, N <= chunk, and return their logits [B, N, V].
+
+        tokens: integers [B] or [B, N]. valid: how many of the N are meant per row (all by default); the others are
+        padding at the row's end, are not committed, and their logits mean nothing. Speculation verifies a draft by
+        stepping it and rolling back what it rejects. The logits stay valid until the next step.
+        """
+        if tokens.dim() == 1:
+            tokens = tokens[:, None]
+        if tokens.dim() != 2 or tokens.shape[0] != self.batch or not 1 <= tokens.shape[1] <= self.steps.chunk:
+            raise RankError(
+                f"step tokens of shape {list(tokens.shape)}",
+                remedy=f"Pass [{self.batch}] or [{self.batch}, N] with N at most {self.steps.chunk}.",
+            )
+        ids = torch.stack(split_rows(tokens))
+        self._check_ids(ids, "step")
+        n = ids.shape[1]
+        counts = [n] * self.batch if valid is None else [int(v) for v in valid]
+        if not all(0 <= v <= n for v in counts):
+            raise InputError(f"valid must hold counts in [0, {n}], not {counts}")
+        with self._transaction(counts):
+            advance = torch.tensor(counts, device=self.steps.device)
+            logits = self._run(ids.to(self.steps.device))
+            padding = torch.arange(n, device=logits.device) >= advance[:, None]
+            self._require_finite(logits.amax(-1).masked_fill(padding, 0.0))
+            self.lengths.add_(advance)
+            self._position_row.copy_(self.lengths)
+        return logits
+
+    def rollback(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Shorten ``rows`` to ``lengths`` committed tokens each: the tokens behind are forgotten, at no cost."""
+        if len(rows) != len(lengths):
+            raise InputError(f"{len(rows)} rows and {len(lengths)} lengths")
+        with self._transaction():
+            present = self.lengths.tolist()
+            for row, length in zip(rows, lengths):
+                if not 0 <= row < self.batch or not 0 <= length <= present[row]:
+                    raise InputError(f"cannot roll row {row} back to {length} tokens", where=f"lengths {present}")
+            for row, length in zip(rows, lengths):
+                self.lengths[row] = length
+            self._position_row.copy_(self.lengths)
+
+    def close(self, *, discard: bool = False) -> None:
+        """Give the states back. ``discard`` frees them instead: for states a failed run may have filled with NaN."""
+        with self._lock:
+            if self._lease is not None and not discard:
+                self._pool.give(self._lease)
+            self._lease, self._states = None, ()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(discard=kind is not None)
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _transaction(self, counts: Sequence[int] | None = None) -> Iterator[None]:
+        """Alone on the decoder, in inference mode, with room for ``counts`` more tokens; whatever raises is undone."""
+        with self._lock, torch.inference_mode():
+            if self._lease is None:
+                raise SessionClosedError("the session is closed")
+            if counts is not None:
+                self._check_room(counts)
+            before = self.lengths.clone()
+            try:
+                yield
+            except BaseException:  # KeyboardInterrupt as well
+                self._restore(before)
+                raise
+
+    def _restore(self, lengths: Tensor) -> None:
+        """Put the lengths back and zero every slot behind them: NaN there would survive a zero attention weight."""
+        self.lengths.copy_(lengths)
+        self._position_row.copy_(lengths)
+        for spec, state in zip(self.steps.states, self._states):
+            slots = torch.arange(state.shape[spec.time_dim], device=state.device)
+            shape = [1] * state.dim()
+            shape[0], shape[spec.time_dim] = self.batch, len(slots)
+            state.masked_fill_((slots >= lengths[:, None]).reshape(shape), 0.0)
+
+    def _check_ids(self, ids: Tensor, where: str) -> None:
+        if self._vocab_size is not None:
+            check_range(ids, self._vocab_size, where)
+
+    def _check_room(self, counts: Sequence[int]) -> None:
+        if len(counts) != self.batch:
+            raise BatchSizeError(f"{len(counts)} rows for a session of {self.batch}")
+        for row, (length, count) in enumerate(zip(self.lengths.tolist(), counts)):
+            if length + count > self.steps.max_length:
+                raise PromptTooLongError(
+                    f"{length} tokens and {count} more exceed max_length {self.steps.max_length}", where=f"row {row}"
+                )
+
+    @staticmethod
+    def _require_finite(peaks: Tensor) -> None:
+        """Raise `NonFiniteLogitsError` unless the largest logits [B, N] are numbers; single tokens may be -inf."""
+        finite = peaks.isfinite().all(-1).tolist()
+        if not all(finite):
+            rows = [row for row, ok in enumerate(finite) if not ok]
+            raise NonFiniteLogitsError("the model's logits are not finite", where=f"rows {rows}")

@@ -1,0 +1,89 @@
+"""What a decoder runs: the step callables of one model, their states and their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accelc.ir.errors import InputError
+from accelc.ir.state import StateSpec
+
+StepFunction = Callable[..., tuple[Tensor, ...]]
+"""step(tokens [B, N], positions [B, N], lengths [B], *states) -> (logits [B, N, V], ...), mutating the states."""
+
+ALIGNMENT = 64
+"""Capacities are multiples of this many slots, so that kernels need no remainder loop along the time axis."""
+
+
+def cache_capacity(max_length: int, chunk: int) -> int:
+    """Slots a cache needs for sequences of `max_length` tokens.
+
+    A row that has ended its prefill is padded while others go on: up to `chunk` slots of padding lie behind its length.
+    """
+    return -(-(max_length + chunk) // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled callables of one model over one set of states.
+
+    * ``decode``: the step for N = 1; ``many``: the step for N in 2..``chunk``.
+    * ``prefill`` (optional): as ``many``, called as prefill(tokens, positions, lengths, last [B], *states), and returns
+      the logits [B, 1, V] of row last[b] alone, so that a prefill does not compute logits that nobody reads.
+    * ``states``: one spec per state argument, in order; ``capacity``: the slots S of their time axis.
+    * ``max_length``: tokens a sequence may have, prompt included. Positions never reach it, in padding neither.
+    """
+
+    decode: StepFunction
+    many: StepFunction
+    states: tuple[StateSpec, ...]
+    max_length: int
+    chunk: int
+    capacity: int
+    device: torch.device
+    prefill: StepFunction | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1 or self.chunk < 1:
+            raise InputError(f"max_length {self.max_length} and chunk {self.chunk} must be at least 1")
+        if self.capacity < self.max_length + self.chunk:
+            raise InputError(
+                f"capacity {self.capacity} is below max_length {self.max_length} + chunk {self.chunk}",
+                remedy="Take the capacity from accelc.runtime.cache_capacity(max_length, chunk).",
+            )
+
+    def allocate(self, batch: int) -> tuple[Tensor, ...]:
+        """Zeroed states for `batch` rows: ordinary tensors, whatever grad or inference mode the caller is in."""
+        with torch.inference_mode(False):
+            return tuple(spec.allocate(batch, self.capacity, self.device) for spec in self.states)
+
+
+class StatePool:
+    """One spare set of states, kept between calls: the largest batch seen so far. Smaller batches use its first rows.
+
+    A set that is taken belongs to its taker alone, so calls never share states; a set that may hold NaN is not given
+    back, because NaN in an unwritten slot would survive a zero attention weight.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._spare: tuple[Tensor, ...] = ()
+
+    def take(self, batch: int) -> tuple[Tensor, ...]:
+        """States with at least `batch` rows; the taker narrows them to its own number."""
+        if _rows(self._spare) >= batch:
+            spare, self._spare = self._spare, ()
+            return spare
+        return self._steps.allocate(batch)
+
+    def give(self, states: tuple[Tensor, ...]) -> None:
+        """Hand back what `take` gave."""
+        if _rows(states) >= _rows(self._spare):
+            self._spare = states
+
+
+def _rows(states: tuple[Tensor, ...]) -> int:
+    return states[0].shape[0] if states else 0
