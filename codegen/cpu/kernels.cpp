@@ -1,0 +1,119 @@
+// The executor of compiled steps, behind a C interface: create a plan from words, run a range of its instructions.
+#include "attention.h"
+#include "linear.h"
+#include "plan.h"
+#include "rows.h"
+#include <omp.h>
+#include <sched.h>
+
+namespace accelc {
+
+void Team::barrier() {
+  if (size == 1) return;
+  int32_t all = ++*phase * size;
+  if (arrived->fetch_add(1, std::memory_order_acq_rel) + 1 == all) return;
+  for (int spins = 0; arrived->load(std::memory_order_acquire) < all; spins++) {
+    // A partner that the machine has taken off its core must get the chance to come back.
+    if (spins > 4096) sched_yield();
+#if defined(__x86_64__)
+    else _mm_pause();
+#endif
+  }
+}
+
+typedef void (*Kernel)(const Instruction&, Team&);
+typedef int64_t (*Scratch)(const Instruction&);
+struct Op { Kernel run; Scratch scratch; };
+int64_t no_scratch(const Instruction&) { return 0; }
+
+// In the order of accelc.codegen.instructions.OPS.
+constexpr Op OPS[] = {
+    {linear, no_scratch},        {attention, Attention::scratch}, {norm, norm_scratch}, {rotary, rotary_scratch},
+    {pointwise, pointwise_scratch}, {copy, no_scratch},           {gather, no_scratch}, {cache_update, no_scratch},
+};
+
+struct Plan {
+  std::vector<Instruction> instructions;
+  std::unique_ptr<std::atomic<int64_t>[]> cursors;
+  int64_t scratch = 0;  // floats a thread
+  int threads;
+  std::vector<float*> scratches;
+  ~Plan() { for (float* s : scratches) std::free(s); }
+
+  void run(void* const* bases, int64_t begin, int64_t end, std::atomic<int32_t>& error) {
+    for (int64_t i = begin; i < end; i++) cursors[i].store(0, std::memory_order_relaxed);
+    std::atomic<int32_t> arrived{0};
+    auto work = [&](int rank, int size) {
+      int32_t phase = 0;
+      for (int64_t i = begin; i < end; i++) {
+        const Instruction& ins = instructions[i];
+        Team team{rank, size, bases, &cursors[i], &arrived, &phase, scratches[rank], &error};
+        if (ins.sync) team.barrier();
+        OPS[ins.op].run(ins, team);
+      }
+    };
+    if (threads == 1) return work(0, 1);
+#pragma omp parallel num_threads(threads)
+    work(omp_get_thread_num(), omp_get_num_threads());
+  }
+};
+
+struct Reader {
+  const int64_t* at;
+  int64_t word() { return *at++; }
+  double number() { return bits_as<double>(*at++); }
+  Tensor tensor() {
+    Tensor t;
+    t.base = int32_t(word());
+    if (t.base < 0) return t;
+    t.dtype = int32_t(word());
+    t.ndim = int32_t(word());
+    t.offset = word();
+    for (int i = 0; i < t.ndim; i++) t.size[i] = word();
+    for (int i = 0; i < t.ndim; i++) t.stride[i] = word();
+    return t;
+  }
+  Instruction instruction() {
+    Instruction ins;
+    ins.op = int32_t(word());
+    ins.sync = word();
+    int64_t tensors = word(), ints = word(), floats = word();
+    while (tensors--) ins.tensors.push_back(tensor());
+    while (ints--) ins.ints.push_back(word());
+    while (floats--) ins.floats.push_back(number());
+    return ins;
+  }
+};
+
+}  // namespace accelc
+
+extern "C" {
+
+// words: number of instructions, then each as op, sync, counts of tensors, ints and floats, and these (accelc.codegen.plan).
+void* accelc_plan_create(const int64_t* words, int64_t threads) {
+  using namespace accelc;
+  auto* plan = new Plan;
+  plan->threads = int(threads);
+  Reader reader{words};
+  for (int64_t n = reader.word(); n--;) {
+    plan->instructions.push_back(reader.instruction());
+    const Instruction& ins = plan->instructions.back();
+    plan->scratch = std::max(plan->scratch, OPS[ins.op].scratch(ins));
+  }
+  plan->cursors.reset(new std::atomic<int64_t>[plan->instructions.size()]);
+  size_t bytes = (size_t(plan->scratch + W) * sizeof(float) + 4095) / 4096 * 4096;
+  for (int64_t i = 0; i < threads; i++) plan->scratches.push_back((float*)aligned_alloc(4096, bytes));
+  return plan;
+}
+
+void accelc_plan_free(void* plan) { delete (accelc::Plan*)plan; }
+
+// Runs instructions [begin, end); returns 0, 1 (an index outside its table) or 2 (a cache slot outside its cache).
+int32_t accelc_plan_run(void* plan, void* const* bases, int64_t begin, int64_t end) {
+  std::atomic<int32_t> error{0};
+  ((accelc::Plan*)plan)->run(bases, begin, end, error);
+  return error.load();
+}
+
+int32_t accelc_abi() { return 1; }
+}

@@ -1,0 +1,128 @@
+// linear: y[m, n] = sum_k x[m, k] w[n, k] + bias[n] (+ residual[m, n]), for few rows m.
+//
+// Weights stay in torch's row-major layout: a row is one unbroken stream, which already reaches the memory's bandwidth, so
+// nothing is packed or copied at start. Every weight is read once per call; a block of NR weight rows is kept in the first-level
+// cache while all rows of x pass over it. Each dot product is summed in lanes and folded once at its end.
+#pragma once
+#include <algorithm>
+#include "plan.h"
+
+namespace accelc {
+
+constexpr int64_t PREFETCH = 4096;  // bytes ahead of the weight stream
+
+template <class T> struct Dot {  // fp32 lanes
+  static constexpr int STEP = W;
+  typedef vf operand;
+  static operand get(const T* p) { return load(p); }
+  static vf mac(operand a, operand b, vf acc) { return a * b + acc; }
+};
+#if defined(__AVX512BF16__)
+template <> struct Dot<bf16> {  // pairs of bf16 into one fp32 lane
+  static constexpr int STEP = 32;
+  typedef __m512bh operand;
+  static operand get(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static vf mac(operand a, operand b, vf acc) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
+};
+#endif
+
+// MR x NR dot products of length k_size. `ahead` (bytes) is how far in front of these weights to prefetch; 0: not at all.
+template <class T, int MR, int NR>
+inline void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t k_size, int64_t ahead, float (*out)[NR]) {
+  using D = Dot<T>;
+  vf acc[MR][NR] = {};
+  int64_t k = 0;
+  for (; k + D::STEP <= k_size; k += D::STEP) {
+    typename D::operand b[NR];
+    for (int n = 0; n < NR; n++) {
+      b[n] = D::get(w + n * ldw + k);
+      if (ahead) __builtin_prefetch((const char*)(w + n * ldw + k) + ahead);
+    }
+    for (int m = 0; m < MR; m++) {
+      auto a = D::get(x + m * ldx + k);
+      for (int n = 0; n < NR; n++) acc[m][n] = D::mac(a, b[n], acc[m][n]);
+    }
+  }
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < NR; n++) {
+      float sum = hsum(acc[m][n]);
+      for (int64_t j = k; j < k_size; j++) sum += load1(x + m * ldx + j) * load1(w + n * ldw + j);
+      out[m][n] = sum;
+    }
+}
+
+// One dot product, for one row of x: a single stream over the weights with several sums in flight, fetched into the
+// second-level cache well ahead (measured better than into the first).
+template <class T> inline float dot_stream(const T* x, const T* w, int64_t k_size) {
+  using D = Dot<T>;
+  constexpr int U = 4;
+  vf acc[U] = {};
+  int64_t k = 0;
+  for (; k + U * D::STEP <= k_size; k += U * D::STEP)
+    for (int u = 0; u < U; u++) {
+      __builtin_prefetch((const char*)(w + k + u * D::STEP) + PREFETCH, 0, 2);
+      acc[u] = D::mac(D::get(x + k + u * D::STEP), D::get(w + k + u * D::STEP), acc[u]);
+    }
+  for (; k + D::STEP <= k_size; k += D::STEP) acc[0] = D::mac(D::get(x + k), D::get(w + k), acc[0]);
+  float sum = hsum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; k < k_size; k++) sum += load1(x + k) * load1(w + k);
+  return sum;
+}
+
+template <class T> struct Linear {
+  static constexpr int MR = 4, NR = 4;  // 16 sums and 8 operands: fits the 32 registers of AVX-512
+  const T *x, *w, *bias, *residual;
+  T* out;
+  int64_t m_size, n_size, k_size, ldx, ldw, ldo, ldr;
+
+  void put(int64_t m, int64_t n, float v) const {
+    if (bias) v += load1(bias + n);
+    if (residual) v += load1(residual + m * ldr + n);
+    store1(out + m * ldo + n, v);
+  }
+  template <int M, int N> void tile(int64_t m, int64_t n) const {
+    float sums[M][N];
+    // The first rows of x bring in the weights: they fetch the next block meanwhile, the others find theirs in the cache.
+    dot_tile<T, M, N>(x + m * ldx, ldx, w + n * ldw, ldw, k_size, m == 0 ? N * ldw * int64_t(sizeof(T)) : 0, sums);
+    for (int i = 0; i < M; i++)
+      for (int j = 0; j < N; j++) put(m + i, n + j, sums[i][j]);
+  }
+  template <int N> void block(int64_t n) const {  // all rows of x against N rows of weights
+    int64_t m = 0;
+    for (; m + MR <= m_size; m += MR) tile<MR, N>(m, n);
+    switch (m_size - m) {
+      case 3: tile<3, N>(m, n); break;
+      case 2: tile<2, N>(m, n); break;
+      case 1: tile<1, N>(m, n); break;
+    }
+  }
+  void range(int64_t n, int64_t end) const {  // weight rows [n, end)
+    // One row of x that stays in the first-level cache beside the stream needs no reuse of its loads.
+    if (m_size == 1 && k_size * int64_t(sizeof(T)) <= 16384) {
+      for (; n < end; n++) put(0, n, dot_stream<T>(x, w + n * ldw, k_size));
+      return;
+    }
+    for (; n + NR <= end; n += NR) block<NR>(n);
+    for (; n < end; n++) block<1>(n);
+  }
+};
+
+// tensors: x [M, K], w [N, K], bias [N] | none, residual [M, N] | none, out [M, N]
+template <class T> void linear_as(const Instruction& ins, Team& team) {
+  const Tensor &x = ins.t(0), &w = ins.t(1), &out = ins.t(4), &res = ins.t(3);
+  Linear<T> op{team.at<T>(x), team.at<T>(w), ins.t(2) ? team.at<T>(ins.t(2)) : nullptr, res ? team.at<T>(res) : nullptr,
+               team.at<T>(out), x.size[0], w.size[0], x.size[1], x.stride[0], w.stride[0], out.stride[0],
+               res ? res.stride[0] : 0};
+  constexpr int NR = Linear<T>::NR;
+  // Items of about 64 KiB: large enough that handing them out is free, small enough that the threads end together.
+  int64_t item = (65536 / int64_t(sizeof(T)) / std::max<int64_t>(op.k_size, 1) + NR - 1) / NR * NR;
+  item = std::max<int64_t>(NR, std::min(item, (op.n_size / (4 * team.size) + NR - 1) / NR * NR));
+  int64_t items = (op.n_size + item - 1) / item;
+  for (int64_t i; (i = team.next()) < items;) op.range(i * item, std::min(op.n_size, (i + 1) * item));
+}
+
+inline void linear(const Instruction& ins, Team& team) {
+  with_dtype(ins.t(1).dtype, [&](auto tag) { linear_as<decltype(tag)>(ins, team); });
+}
+
+}  // namespace accelc

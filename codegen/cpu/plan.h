@@ -1,0 +1,97 @@
+// What a compiled step is to the machine: a list of instructions over described buffers, run by a team of threads.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+#include "vec.h"
+
+namespace accelc {
+
+enum DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, I64 = 3, BOOL = 4 };
+constexpr int64_t ITEMSIZE[] = {4, 2, 2, 8, 1};
+constexpr int MAX_DIMS = 6;
+
+struct Tensor {          // strides in elements
+  int32_t base = -1;     // index into the bases given at each run; -1: absent
+  int32_t dtype = 0;
+  int32_t ndim = 0;
+  int64_t offset = 0;    // bytes
+  int64_t size[MAX_DIMS];
+  int64_t stride[MAX_DIMS];
+  explicit operator bool() const { return base >= 0; }
+};
+
+// The threads that run one instruction together. `next` hands out work items, so that a thread delayed by the machine does
+// not hold up the other; `barrier` is needed only inside an instruction (the executor puts one where data depend).
+struct Team {
+  int rank, size;
+  void* const* bases;
+  std::atomic<int64_t>* cursor;
+  std::atomic<int32_t>* arrived;
+  int32_t* phase;        // this thread's own count of barriers passed
+  float* scratch;        // this thread's own
+  std::atomic<int32_t>* error;
+  void fail(int32_t code) const { error->store(code, std::memory_order_relaxed); }
+  int64_t next() { return size == 1 ? (*cursor)++ : cursor->fetch_add(1, std::memory_order_relaxed); }
+  void barrier();
+  template <class T> T* at(const Tensor& t) const { return (T*)((char*)bases[t.base] + t.offset); }
+};
+
+struct Instruction {
+  int32_t op;
+  bool sync;             // wait for all earlier instructions first
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> ints;
+  std::vector<double> floats;
+  const Tensor& t(int i) const { return tensors[i]; }
+};
+
+inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+template <class F> inline void with_dtype(int32_t dtype, F f) {
+  if (dtype == F32) f(float{});
+  else if (dtype == BF16) f(bf16{});
+  else f(f16{});
+}
+
+// n values as fp32, from any float dtype, and back
+inline void widen(const void* src, int32_t dtype, float* dst, int64_t n) {
+  with_dtype(dtype, [&](auto tag) {
+    auto p = (const decltype(tag)*)src;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(dst + i, load(p + i));
+    for (; i < n; i++) dst[i] = load1(p + i);
+  });
+}
+inline void narrow(const float* src, void* dst, int32_t dtype, int64_t n) {
+  with_dtype(dtype, [&](auto tag) {
+    auto p = (decltype(tag)*)dst;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(p + i, load(src + i));
+    for (; i < n; i++) store1(p + i, src[i]);
+  });
+}
+inline const void* element(const void* p, int32_t dtype, int64_t i) { return (const char*)p + i * ITEMSIZE[dtype]; }
+inline void* element(void* p, int32_t dtype, int64_t i) { return (char*)p + i * ITEMSIZE[dtype]; }
+
+// A walk over the leading dims of up to 4 tensors of one shape: element offsets of row `row`.
+struct Rows {
+  int ndim;
+  int64_t size[MAX_DIMS];
+  int64_t count = 1;
+  Rows(const Tensor& shape, int inner) : ndim(shape.ndim - inner) {
+    for (int d = 0; d < ndim; d++) count *= size[d] = shape.size[d];
+  }
+  int64_t offset(const Tensor& t, int64_t row) const {
+    int64_t at = 0;
+    for (int d = ndim - 1; d >= 0; d--) {
+      at += row % size[d] * t.stride[d];
+      row /= size[d];
+    }
+    return at;
+  }
+};
+
+}  // namespace accelc
