@@ -1,0 +1,42 @@
+"""What the demo trains: sizes and schedule, chosen for about three minutes on two CPU cores."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number that the trained model depends on; together with the corpus it names the cached result."""
+
+    vocabulary: int = 4096
+    hidden: int = 256
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2  # grouped queries: two query heads read one key-value head
+    context: int = 1024  # longest sequence, tokens
+    window: int = 256  # tokens of one training row
+    rows: int = 8  # training rows a step
+    steps: int = 400
+    warmup: int = 20
+    matrix_rate: float = 0.02  # Muon, hidden matrices
+    other_rate: float = 2e-3  # AdamW, embedding and norms
+    corpus_bytes: int = 8_000_000
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)
+
+
+def cache_dir() -> Path:
+    """Where trained models are kept: `ACCELC_CACHE_DIR`, or the platform's directory for caches."""
+    if chosen := os.environ.get("ACCELC_CACHE_DIR"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "accelc"
