@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from family_models import registered_types
 from family_probe import Row, probe
-from family_report import summary, write_markdown
+from family_report import summary, verdict, write_markdown
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -54,6 +54,7 @@ def main(
         task = progress.add_task("starting", total=len(chosen))
         for row in sweep(chosen, jobs=jobs, timeout=timeout, derive=derive):
             rows.append(row)
+            progress.console.print(f"{row.model_type:28} {verdict(row):26} {row.seconds:6.1f} s", highlight=False)
             progress.update(task, advance=1, description=row.model_type)
     rows.sort(key=lambda row: row.model_type)
     results.parent.mkdir(parents=True, exist_ok=True)
