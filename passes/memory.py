@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.fx as fx
 
 from accelc.ir import Program
 from accelc.ir.program import mutated_arguments
+
+Repeats = Callable[[fx.Node], fx.Node | None]
+"""The node whose value a node repeats and which will take its place, or None."""
 
 
 def written_nodes(program: Program) -> set[fx.Node]:
@@ -23,21 +26,25 @@ def written_nodes(program: Program) -> set[fx.Node]:
     return found
 
 
-def alias_chain(node: fx.Node, also: Collection[object] = ()) -> Iterator[fx.Node]:
-    """`node`, and what its memory may come from: through views, and through the operations in `also`."""
-    yield node
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        target = node.target
-        is_view = isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
-        if not (is_view or target is operator.getitem or target in also):
-            return
-        node = node.args[0]
-        yield node
+def alias_chain(node: fx.Node, repeats: Repeats) -> Iterator[fx.Node]:
+    """`node`, and what its memory may come from: through views, and through operations that `repeats` will remove."""
+    current: fx.Node | None = node
+    while current is not None:
+        yield current
+        current = repeats(current) or _viewed(current)
 
 
-def returned_nodes(program: Program, also: Collection[object] = ()) -> Counter[fx.Node]:
-    """In the memory of how many outputs each node may end up, if the operations in `also` returned their argument."""
+def returned_nodes(program: Program, repeats: Repeats) -> Counter[fx.Node]:
+    """In the memory of how many outputs each node may end up."""
     returned: Counter[fx.Node] = Counter()
     for output in program.graph.output_node().all_input_nodes:
-        returned.update(alias_chain(output, also))
+        returned.update(alias_chain(output, repeats))
     return returned
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The first argument of a view or of the choice of one result."""
+    is_view = isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)
+    if (is_view or node.target is operator.getitem) and node.args and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return None

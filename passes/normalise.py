@@ -48,7 +48,7 @@ class Normalise(Pass):
             _canonicalise(node)
         _simplify(program, removed)
         before = len(graph.nodes)
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(is_impure_node=_has_effect)
         removed["dead"] += before - len(graph.nodes)
         program.module.recompile()
         notes = tuple(f"{count} {what}" for what, count in sorted(removed.items()) if count)
@@ -129,6 +129,11 @@ def _in_inference(node: fx.Node) -> bool:
     return node.args[2] is False
 
 
+def _has_effect(node: fx.Node) -> bool:
+    """As torch sees it, except that dropout in inference draws nothing."""
+    return node.is_impure() and not (node.target is aten.native_dropout.default and _in_inference(node))
+
+
 def _second_is(neutral: int) -> Callable[[fx.Node], bool]:
     def test(node: fx.Node) -> bool:
         return isinstance(node.args[1], int | float) and node.args[1] == neutral and "rounding_mode" not in node.kwargs
@@ -193,7 +198,7 @@ def _same_value(a: fx.Node, b: fx.Node) -> bool:
 def _simplify(program: Program, removed: Counter[str]) -> None:
     """One sweep in topological order: replace a node by what it repeats, or by the first equal call."""
     written = written_nodes(program)
-    returned = returned_nodes(program, also={*IDENTITIES, aten.native_dropout.default})
+    returned = returned_nodes(program, _identity)
     changing = set(written)  # nodes whose value depends on memory that is written
     writes = 0  # how often such memory has been written so far
     first: dict[object, fx.Node] = {}
@@ -219,7 +224,7 @@ def _simplify(program: Program, removed: Counter[str]) -> None:
 
 def _may_stand_in(node: fx.Node, returned: Counter[fx.Node]) -> bool:
     """Whether the memory of `node` may stand in for that of a copy: not where inputs or two outputs would share it."""
-    *_, base = alias_chain(node)
+    *_, base = alias_chain(node, _identity)
     return node not in returned or (base.op == "call_function" and returned[node] == 1)
 
 

@@ -132,6 +132,8 @@ def _load(name: str, point: EntryPoint) -> type[Pass]:
     before = _registered.get(name)
     try:
         cls = point.load()
+    except DuplicatePassError:
+        raise
     except Exception as error:  # importing another package can raise anything; it is chained
         raise PassPluginError(f"pass {name!r} cannot be imported: {error}", where=where) from error
     if not (isinstance(cls, type) and issubclass(cls, Pass)):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accelc.ir import Program
-from accelc.ir.compat import fill_values, symbolic_values
+from accelc.ir.compat import fill_values, symbolic_values, symbols_in
 from accelc.ir.program import store
 from accelc.passes.base import Pass
 
@@ -175,11 +175,7 @@ def _describe_inputs(program: Program) -> tuple[list[Any], dict[str, tuple[int, 
     def size(value: int | torch.SymInt) -> int | str:
         if isinstance(value, int):
             return value
-        env = value.node.shape_env
-        for symbol in value.node.expr.free_symbols:
-            bounds = env.var_to_range[symbol]
-            limits = [int(b) if b.is_Integer else None for b in (bounds.lower, bounds.upper)]
-            symbols[str(symbol)] = (int(env.var_to_val[symbol]), limits[0] or 0, limits[1] or 1 << 40)
+        symbols.update(symbols_in(value))
         return str(value.node.expr)
 
     for node in program.placeholders():

@@ -137,6 +137,17 @@ def is_top_level(graph: fx.Graph) -> bool:
 # -- fake values -------------------------------------------------------------------------------------------------------
 
 
+def symbols_in(size: torch.SymInt) -> dict[str, tuple[int, int, int]]:
+    """The symbols of a size by name, each with its hint, least and greatest value (2**40 where there is no bound)."""
+    env = size.node.shape_env
+    hints = getattr(env, "backed_var_to_val", None) or env.var_to_val  # the former since torch 2.12
+    found = {}
+    for symbol in size.node.expr.free_symbols:
+        least, most = env.var_to_range[symbol].lower, env.var_to_range[symbol].upper
+        found[str(symbol)] = (int(hints[symbol]), int(least), int(most) if most.is_Integer else 1 << 40)
+    return found
+
+
 def symbolic_values(
     described: Sequence[Any], symbols: Mapping[str, tuple[int, int, int]]
 ) -> list[torch.Tensor | torch.SymInt | int | None]:
@@ -182,3 +193,96 @@ def fake_execution(values: Sequence[Any]) -> Iterator[Callable[[torch.Tensor], t
     mode = detect_fake_mode(list(values))
     with enable_python_dispatcher(), mode, torch.no_grad():
         yield lambda tensor: mode.from_tensor(tensor, static_shapes=True)
+
+
+# -- code generation: symbolic shapes, the C++ toolchain, Inductor for regions -------------------------------------------
+
+
+class FakeShapes:
+    """A fake tensor mode with named symbolic sizes (each at least 2)."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        from torch._dynamo.source import ConstantSource
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+        self.env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.symbols: dict[str, Any] = {}
+        self._bare: dict[str, Any] = {}
+        for index, name in enumerate(names):
+            hint = (5, 7, 11, 13)[index]  # distinct primes: no accidental equality decides a branch
+            source = ConstantSource(name)
+            symbol = self.env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            self._bare[name] = symbol
+            self.symbols[name] = self.env.create_symintnode(symbol, hint=hint, source=source)
+
+    def empty(self, shape: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous fake tensor."""
+        with self.mode:
+            return torch.empty(tuple(shape), dtype=dtype)
+
+    def constant(self, value: torch.Tensor) -> torch.Tensor:
+        """The fake of a tensor of fixed shape; views and strides as they are."""
+        return self.mode.from_tensor(value.detach(), static_shapes=True)
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether everything assumed about the symbols so far is true at `sizes`."""
+        if any(symbol in self.env.replacements for symbol in self._bare.values()):
+            return False  # an operation forced a symbol to one value
+        given = {symbol: sizes[name] for name, symbol in self._bare.items()}
+        return all(size >= 2 for size in given.values()) and all(
+            bool(guard.expr.xreplace(given)) for guard in self.env.guards
+        )
+
+    def evaluate(self, value: Any, sizes: Mapping[str, int]) -> int:
+        """A symbolic int as a number."""
+        return int(value.node.expr.xreplace({symbol: sizes[name] for name, symbol in self._bare.items()}))
+
+
+def fake_shapes(names: Sequence[str]) -> FakeShapes:
+    """Fresh symbols of these names and a fake mode that knows them."""
+    return FakeShapes(names)
+
+
+def storage_key(value: torch.Tensor) -> int:
+    """Equal for (fake) tensors that share storage, while they live."""
+    return value.untyped_storage()._cdata
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would use, or None."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return None
+
+
+def _inductor_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import CppCompileError, InductorError, LoweringException
+
+    return (BackendCompilerFailed, CppCompileError, InductorError, LoweringException)
+
+
+def save_inductor_artifact(module: fx.GraphModule, inputs: Sequence[Any], fakes: FakeShapes, path: str) -> None:
+    """Compile a graph whose placeholders carry fakes of `fakes`, symbolic sizes included, into one file."""
+    from torch._inductor import standalone_compile
+
+    with torch.no_grad():
+        standalone_compile(module, list(inputs), dynamic_shapes="from_graph").save(path=path, format="binary")
+
+
+def load_inductor_artifact(path: str) -> Callable[..., Any]:
+    """What `save_inductor_artifact` wrote. OSError or ValueError: the file is damaged."""
+    import pickle
+
+    from torch._inductor import CompiledArtifact
+
+    try:
+        return CompiledArtifact.load(path=path, format="binary")
+    except (AssertionError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"not a compiled region: {error}") from error

@@ -108,8 +108,8 @@ def attention(
 
     query [B, H, N, D], key [B, Hk, S, D], value [B, Hk, S, Dv] (query head h reads key head h // (H // Hk)), positions
     [B, N], lengths [B], tree [B, N, W] or None, bias broadcastable to [B, H, N, S] (float, added; bool: True is
-    visible), sinks [H] (an extra logit in the denominator only), slopes [H] (ALiBi). Arithmetic in fp32 (fp64 stays fp64).
-    Returns [B, H, N, Dv] in query's dtype, laid out so that transpose(1, 2) is contiguous.
+    visible), sinks [H] (an extra logit in the denominator only), slopes [H] (ALiBi). Arithmetic in fp32 (fp64 stays
+    fp64). Returns [B, H, N, Dv] in query's dtype, laid out so that transpose(1, 2) is contiguous.
     """
     return attention_reference(
         query, key, value, positions, lengths, tree, bias, sinks, slopes, mask, window, scale, softcap
@@ -240,8 +240,8 @@ def _(query, key, value, bias, sinks, is_causal, scale, softcap):
 def cache_update(cache: Tensor, value: Tensor, lengths: Tensor, dim: int) -> None:
     """Write new rows behind the committed ones, in place.
 
-    cache [B, ..., S, ...] with S at `dim`, value [B, ..., N, ...] with N at `dim`, lengths [B]: row i of batch row b goes
-    to slot lengths[b] + i. The caller guarantees lengths + N <= S.
+    cache [B, ..., S, ...] with S at `dim`, value [B, ..., N, ...] with N at `dim`, lengths [B]: row i of batch row b
+    goes to slot lengths[b] + i. The caller guarantees lengths + N <= S.
     """
     n = value.shape[dim]
     slot = lengths[:, None] + torch.arange(n, device=lengths.device)  # [B, N]
