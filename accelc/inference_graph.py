@@ -36,7 +36,7 @@ def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Progra
     """The Program of an inference graph; `graph` stays as it is.
 
     `constants` gives the frozen parameters by the target of their placeholder. Raises `InvariantError` for a graph that
-    is no Program: higher-order operations, operations that mutate, or a read of an input behind the write to it.
+    is no Program: higher-order operations, operations that mutate or assert, reads of an input behind a write to it.
     """
     root = torch.nn.Module()
     pure = fx.Graph()
@@ -59,6 +59,8 @@ def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Progra
             if name in writes or name in constants:
                 raise InvariantError(f"the input {name} is written twice, or is frozen", where=describe(node))
             writes[name] = env[node.args[1]]
+        elif node.op == "call_function" and not node.users and node.is_impure():
+            raise InvariantError(f"{node.name} is called for its effect", where=describe(node))
         elif stale := [n for n in node.all_input_nodes if n.op == "placeholder" and n.target in writes]:
             raise InvariantError(f"{stale[0]} is read behind the write to it", where=describe(node))
         elif node.op == "output":
