@@ -1,4 +1,4 @@
-"""The torch.compile backend against eager: results, writes, aliasing, options, errors. Modules are tiny: C++ is slow."""
+"""The torch.compile backend against eager: results, writes, aliasing, options, errors; tiny modules, C++ is slow."""
 
 import copy
 import logging
