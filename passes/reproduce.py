@@ -1,11 +1,12 @@
 """A folder from which one pass can be run again elsewhere: program, pass, inputs, listings and a small script.
 
-The program and the pass are pickled: open only folders that you trust.
+Graph and options are pickled: open only folders that you trust.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import pickle
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from accelc.ir import Program
 from accelc.ir.compat import fill_values, symbolic_values, symbols_in
+from accelc.ir.errors import PassError
 from accelc.ir.program import store
 from accelc.passes.base import Pass
 
@@ -81,20 +83,23 @@ def save_reproduction(
     )  # type: ignore[type-var]
     nodes = [_plain(node) for node in program.graph.nodes]
     with open(folder / PROGRAM, "wb") as file:
-        _Pickler(file).dump((plain, one, nodes, _describe_inputs(program)))
+        _Pickler(file).dump((plain, nodes, _describe_inputs(program), _place(one), one.options()))
     if left_out:
         what += f"\n\nFacts of the program that are not in the folder: {', '.join(left_out)}."
     (folder / SCRIPT).write_text(_SCRIPT.format(what=what, script=SCRIPT, one=one), encoding="utf-8")
 
 
 def load_reproduction(folder: str | Path) -> tuple[Program, Pass, list[Tensor] | None]:
-    """The program before the pass, the pass, and the inputs, as `save_reproduction` wrote them."""
+    """The program before the pass, the pass, and the inputs, as `save_reproduction` wrote them.
+
+    Raises `PassError` when the class of the pass cannot be imported here.
+    """
     folder = Path(folder)
     root, graph, env = torch.nn.Module(), fx.Graph(), dict[str, fx.Node]()
     for name, tensor in load_file(folder / TENSORS).items():
         store(root, name, tensor)
     with open(folder / PROGRAM, "rb") as file:
-        plain, one, nodes, inputs = _Unpickler(file).load()
+        plain, nodes, inputs, place, options = _Unpickler(file).load()
     values = iter(symbolic_values(*inputs))
     for node in nodes:
         args, kwargs = _link((node.args, node.kwargs), env)
@@ -106,7 +111,7 @@ def load_reproduction(folder: str | Path) -> tuple[Program, Pass, list[Tensor] |
     program = dataclasses.replace(plain, module=fx.GraphModule(root, graph))
     fill_values(program.graph, program.module)
     given = load_file(folder / INPUTS) if (folder / INPUTS).exists() else None
-    return program, one, given and [given[str(i)] for i in range(len(given))]
+    return program, _find(*place)(**options), given and [given[str(i)] for i in range(len(given))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +136,24 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, name: str) -> object:
         namespace, op, overload = name.split(".")
         return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+
+
+def _place(one: Pass) -> tuple[str, str]:
+    return type(one).__module__, type(one).__qualname__
+
+
+def _find(module: str, qualname: str) -> type[Pass]:
+    try:
+        found: Any = importlib.import_module(module)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise PassError(
+            f"the pass {qualname} cannot be imported: {error}",
+            where=f"module {module}",
+            remedy="Move the class to the top of a module, and put that module on the path (PYTHONPATH).",
+        ) from error
+    return found
 
 
 def _can_pickle(value: object) -> bool:

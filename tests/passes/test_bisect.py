@@ -131,6 +131,13 @@ def test_a_reproduction_holds_the_same_program(toys: ModuleType, tmp_path: Path)
     assert torch.equal(loaded.run(*given)[0], program.run(*(t.clone() for t in inputs))[0])
 
 
+def test_a_pass_that_cannot_be_imported_is_named(toys: ModuleType, tmp_path: Path) -> None:
+    save_reproduction(tmp_path, affine(), toys.Shift(), None, "why", None)
+    del toys.Shift
+    with pytest.raises(PassError, match=r"pass Shift cannot be imported[\s\S]*bisected_passes"):
+        load_reproduction(tmp_path)
+
+
 def test_symbolic_shapes_survive(toys: ModuleType, tmp_path: Path) -> None:
     class Model(torch.nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
