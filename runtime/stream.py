@@ -106,26 +106,28 @@ class StreamerGuard:
             left = torch.nn.utils.rnn.pad_sequence(
                 list(prompts), batch_first=True, padding_value=pad_id, padding_side="left"
             )
-            self._call(streamer.put, left)  # type: ignore[union-attr]
+            call_streamer(streamer.put, left)  # type: ignore[union-attr]
 
     def step(self, rows: Sequence[Row]) -> None:
         """Report one step: the rows that took a token; ended rows show the pad id to `put`."""
         if not self._puts:
             for row in rows:
-                self._call(self._streamer, row.event())  # type: ignore[arg-type]
+                call_streamer(self._streamer, row.event())  # type: ignore[arg-type]
             return
         tokens = torch.full((self._batch,), self._pad_id, dtype=torch.int64)
         for row in rows:
             tokens[row.index] = row.tokens[-1]
-        self._call(self._streamer.put, tokens)  # type: ignore[union-attr]
+        call_streamer(self._streamer.put, tokens)  # type: ignore[union-attr]
 
     def end(self) -> None:
         """Report the end of a generation that ran to its end."""
         if self._puts:
-            self._call(self._streamer.end)  # type: ignore[union-attr]
+            call_streamer(self._streamer.end)  # type: ignore[union-attr]
 
-    def _call(self, function: Callable[..., object], *args: object) -> None:
-        try:
-            function(*args)
-        except Exception as error:
-            raise StreamerError(f"the streamer raised {type(error).__name__}: {error}") from error
+
+def call_streamer(function: Callable[..., object], *args: object) -> None:
+    """Call a part of a streamer; what it raises is chained to a `StreamerError`."""
+    try:
+        function(*args)
+    except Exception as error:
+        raise StreamerError(f"the streamer raised {type(error).__name__}: {error}") from error
