@@ -1,1 +1,6 @@
-"""Compiles step programs: Inductor's C++ backend and packed kernels on CPUs, Triton source for GPUs."""
+"""Compiles step programs: our kernels and Inductor's on CPUs, Triton source for GPUs."""
+
+from accelc.codegen.options import Options, Report
+from accelc.codegen.step import CompiledStep, compile_program, step_dims
+
+__all__ = ["CompiledStep", "Options", "Report", "compile_program", "step_dims"]

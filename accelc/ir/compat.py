@@ -39,13 +39,15 @@ def compile_with_inductor(
     installed = config.joint_custom_pre_pass
     others = [] if installed is None else list(installed) if isinstance(installed, list | tuple) else [installed]
 
+    chosen: Callable[[fx.Graph], None] = rewrite
+
     class Rewrite(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             owner = graph.owning_module
             for other in others:
                 other(owner.graph)
             with _disable_current_modes():  # a fake mode is active, in which no pass could touch a real tensor
-                rewrite(owner.graph)
+                chosen(owner.graph)
 
         def uuid(self) -> object | None:
             keys = [cache_key, *(getattr(other, "uuid", lambda: None)() for other in others)]
@@ -261,7 +263,8 @@ def cpp_compiler() -> str | None:
         return None
 
 
-def _inductor_errors() -> tuple[type[Exception], ...]:
+def inductor_errors() -> tuple[type[Exception], ...]:
+    """What Inductor raises when it cannot compile a graph."""
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import CppCompileError, InductorError, LoweringException
 

@@ -1,0 +1,60 @@
+"""The library of CPU kernels: built from codegen/cpu with the toolchain that Inductor uses, cached, called through ctypes.
+
+The source depends on no header of torch, so the build takes seconds, and `-march=native` is the run-time dispatch: the cache
+key holds the processor's instruction set. ctypes releases the interpreter lock while a step runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+from accelc.codegen.cache import cache_dir, cached, content_key
+from accelc.codegen.errors import ToolchainError
+from accelc.ir.compat import cpp_compiler
+
+SOURCE = Path(__file__).parent / "cpu"
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi".split()
+)
+# Not -ffast-math: it would fold the rounding trick of vexp away, and -inf is a value here.
+
+
+def source_text() -> str:
+    """All of the kernels' source, in a fixed order: what the cache key is made from."""
+    return "\n".join(f"// {p.name}\n{p.read_text()}" for p in sorted(SOURCE.iterdir()) if p.suffix in (".h", ".cpp"))
+
+
+@functools.cache
+def library(march: str = "native") -> tuple[ctypes.CDLL, bool]:
+    """The loaded kernels, and whether they came from the cache. Raises `ToolchainError`."""
+    flags = [*FLAGS, f"-march={march}"]
+    path = cache_dir() / "kernels" / f"{content_key(source_text(), ' '.join(flags))}.so"
+    return cached(path, lambda scratch: _build(scratch, flags), _load)
+
+
+def _build(target: Path, flags: list[str]) -> None:
+    compiler = cpp_compiler()
+    if compiler is None or shutil.which(compiler) is None:
+        raise ToolchainError("No C++ compiler was found.", where=f"compiling {SOURCE.name}/kernels.cpp")
+    command = [compiler, *flags, str(SOURCE / "kernels.cpp"), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ToolchainError(f"The C++ compiler failed:\n{done.stderr[-2000:]}", where=" ".join(command[:-2]))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))  # an OSError here means a damaged file
+    try:
+        lib.accelc_plan_create.restype = ctypes.c_void_p
+        lib.accelc_plan_create.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        lib.accelc_plan_free.restype = None
+        lib.accelc_plan_free.argtypes = [ctypes.c_void_p]
+        lib.accelc_plan_run.restype = ctypes.c_int32
+        lib.accelc_plan_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    except AttributeError as error:
+        raise ValueError(f"not a kernel library: {error}") from error
+    return lib

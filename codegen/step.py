@@ -1,0 +1,199 @@
+"""compile_program: a step program to a callable that runs at the speed of the memory, with next to no overhead.
+
+What runs is a list of instructions over planned memory, executed by our kernels in one parallel section a step
+(codegen/cpu); operations without a kernel are compiled by Inductor, in regions between. Chosen over compiling the whole step
+with AOTInductor, which was measured at 24 s (one token) and 33 s (many) for 16 Llama layers, because every layer's calls are
+compiled again; here a program of known operations needs no compiler at all, and a second process only reads the library.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from accelc.codegen import native
+from accelc.codegen.errors import StepInputError
+from accelc.codegen.instance import Instance
+from accelc.codegen.options import Options, Report
+from accelc.codegen.planner import make_array, plan
+from accelc.codegen.regions import Compiled, Regions
+from accelc.codegen.schedule import Schedule, schedule
+from accelc.codegen.shapes import Dims, Shapes, propagate
+from accelc.ir.compat import storage_key
+
+SAMPLE = (5, 7, 11, 13)
+"""Sizes at which rules look at a program whose sizes are symbols."""
+
+
+def step_dims(gm: fx.GraphModule) -> dict[str, Dims]:
+    """The varying dims of a step program: tokens and positions [B, N, ...], everything else [B, ...].
+
+    (tree [B, N, W] counts with tokens; lengths [B], last [B] and states [B, ...] have a varying batch alone.)
+    """
+    names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
+    return {str(n): {0: "B", 1: "N"} if n in ("tokens", "positions", "tree") else {0: "B"} for n in names}
+
+
+@dataclass
+class Variant:
+    """The program at one pattern of fixed and symbolic sizes."""
+
+    shapes: Shapes
+    order: Schedule
+    functions: dict[int, Compiled]
+
+
+class CompiledStep:
+    """A compiled program: call it with the inputs, states included; it mutates the states and returns the outputs.
+
+    Inputs must be contiguous CPU tensors with the dtypes and fixed sizes of the examples; varying sizes may be any (a size of
+    1 and larger ones are compiled apart, when first met; memory is planned once for each combination of sizes). Weights are
+    read where they are, by reference. One call at a time runs; others wait. `report` says what was compiled.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, examples: Sequence[Tensor], dims: Mapping[str, Dims], options: Options
+    ) -> None:
+        self._gm = gm
+        self._options = options
+        self._names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+        if len(examples) != len(self._names):
+            raise StepInputError(f"{len(examples)} example inputs for a program of {len(self._names)}: {self._names}")
+        self._examples = [torch.empty_like(t, device="meta") for t in examples]
+        self._dims = [dims.get(name, {}) for name in self._names]
+        # Where to read each varying size at a call.
+        self._read = {name: (i, d) for i, named in reversed(list(enumerate(self._dims))) for d, name in named.items()}
+        self._readers = tuple(self._read.values())
+        self._variants: list[Variant] = []
+        self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
+        self._checked: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._lock = threading.Lock()
+        self.report = Report()
+        self._threads = options.threads or torch.get_num_threads()
+        self._regions = Regions(self.report)
+        started = time.perf_counter()
+        if options.mode == "compile":
+            self._library, hit = native.library(options.march)
+            self.report.count(hit)
+            self.report.add_seconds("kernels", time.perf_counter() - started)
+            self._instance(self._sizes(examples))
+        else:
+            self.report.notices.append("interpreted node by node, because mode='interpret' was asked for")
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run one step. Raises `StepInputError`, `StepIndexError`."""
+        with self._lock:
+            sizes = tuple([inputs[i].shape[d] for i, d in self._readers])
+            # Objects that passed the check for these sizes need no second look.
+            idents = tuple(map(id, inputs))
+            if self._checked.get(sizes) != idents:
+                self._check(inputs, sizes)
+                self._checked[sizes] = idents
+            if self._options.mode == "interpret":
+                return self.interpret(*inputs)
+            instance = self._instances.get(sizes)
+            if instance is None:
+                instance = self._instance(sizes)
+            return instance.run(inputs)
+
+    def interpret(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The same program, node by node in torch: the reference."""
+        with torch.no_grad():
+            result: tuple[Tensor, ...] = fx.Interpreter(self._gm).run(*inputs)
+        return tuple(result)
+
+    # -- off the hot path ----------------------------------------------------------------------------------------------------
+
+    def _sizes(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
+        return tuple(inputs[i].shape[d] for i, d in self._readers)
+
+    def _check(self, inputs: Sequence[Tensor], sizes: tuple[int, ...]) -> None:
+        if len(inputs) != len(self._names):
+            raise StepInputError(f"{len(inputs)} inputs for a step of {len(self._names)}: {', '.join(self._names)}")
+        given = dict(zip(self._read, sizes))
+        for name, value, example, named in zip(self._names, inputs, self._examples, self._dims):
+            shape = tuple(given[named[d]] if d in named else n for d, n in enumerate(example.shape))
+            if tuple(value.shape) != shape or value.dtype != example.dtype:
+                raise StepInputError(
+                    f"{name} is {list(value.shape)} {value.dtype}, not {list(shape)} {example.dtype}",
+                    where="inputs of a compiled step",
+                    remedy="Compile the program for these inputs, or convert them.",
+                )
+            if not value.is_contiguous() or value.device.type != "cpu":
+                raise StepInputError(
+                    f"{name} is not a contiguous tensor on the CPU",
+                    where="inputs of a compiled step",
+                    remedy=f"Pass {name}.contiguous(); a state must be allocated contiguously, as it is written in place.",
+                )
+
+    def _instance(self, sizes: tuple[int, ...]) -> Instance:
+        given = dict(zip(self._read, sizes))
+        variant = next((v for v in self._variants if v.shapes.covers(given)), None) or self._compile(given)
+        started = time.perf_counter()
+        shapes = variant.shapes
+        made = plan(self._gm.graph, shapes, variant.order, variant.functions, given, self._options.gemm_rows)
+        constants = {
+            storage_key(shapes.values[n]): _attribute(self._gm, str(n.target))
+            for n in self._gm.graph.nodes
+            if n.op == "get_attr"
+        }
+        instance = Instance(made, constants, self._library, self._threads)
+        self._instances[sizes] = instance
+        if len(self._instances) > self._options.instances:
+            self._checked.pop(self._instances.popitem(last=False)[0], None)
+        self.report.add_seconds("memory plans", time.perf_counter() - started)
+        return instance
+
+    def _compile(self, given: Mapping[str, int]) -> Variant:
+        """A variant that covers these sizes: symbols for all sizes above 1, unless the program then assumes too much."""
+        fixed: dict[str, int | None] = {name: 1 if size == 1 else None for name, size in given.items()}
+        started = time.perf_counter()
+        shapes = propagate(self._gm, self._examples, self._dims, fixed)
+        if not shapes.covers(given):
+            fixed = dict(given)
+            self.report.notices.append(f"compiled for {dict(given)} alone: its shapes take part in decisions")
+            shapes = propagate(self._gm, self._examples, self._dims, fixed)
+        sample = {name: SAMPLE[i] if size is None else size for i, (name, size) in enumerate(fixed.items())}
+        order = schedule(self._gm.graph, shapes, lambda value: make_array(value, shapes, sample))
+        self.report.add_seconds("analysis", time.perf_counter() - started)
+        started = time.perf_counter()
+        functions = {id(r): self._regions.compile(r, shapes, fixed) for r in order.regions()}
+        self.report.add_seconds("inductor", time.perf_counter() - started)
+        self.report.variants.append(fixed)
+        for node, kind in order.kinds.items():
+            if kind in ("native", "foreign"):
+                (self.report.lowered if kind == "native" else self.report.foreign)[str(node.target)] += 1
+        variant = Variant(shapes, order, functions)
+        self._variants.append(variant)
+        return variant
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Tensor:
+    value = gm
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value.detach()  # type: ignore[operator, return-value]
+
+
+def compile_program(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    dynamic: Mapping[str, Dims] | None = None,
+    options: Options | None = None,
+) -> CompiledStep:
+    """Compile a program for CPUs.
+
+    `gm`: a graph over aten and the accelc dialect that mutates inputs through accelc::cache_update alone; parameters as
+    get_attr, read by reference (tied ones stay shared). `example_inputs`: one tensor per placeholder, of which shape and dtype
+    count. `dynamic`: which dims of which placeholder vary, by name of the size; default `step_dims(gm)`. Sizes of one name
+    agree. Raises `ToolchainError`, `RegionError`, `MutationError`.
+    """
+    return CompiledStep(gm, example_inputs, step_dims(gm) if dynamic is None else dynamic, options or Options())
