@@ -26,7 +26,6 @@ import torch
 import torch.fx as fx
 
 import accelc as accelc_package
-from accelc import inference_graph
 from accelc.backend_options import BackendOptions, parse_options, reject_mode
 from accelc.freezing import freeze_parameters
 from accelc.inference_graph import constants, to_program, write_back
@@ -185,10 +184,9 @@ def announce(message: str) -> None:
 @functools.cache
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for package in (accelc_package.ir, accelc_package.passes):
+    for package in (accelc_package, accelc_package.passes):  # in an editable installation not one within the other
         for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             digest.update(path.read_bytes())
-    digest.update(Path(inference_graph.__file__).read_bytes())
     return digest.hexdigest()
 
 

@@ -42,19 +42,19 @@ class BackendOptions:
 def parse_options(options: Mapping[str, object] | None) -> BackendOptions:
     """Check what the user gave. Raises `UnknownOptionError` that lists all unknown options and the known ones,
     `OptionValueError` that lists all values of a wrong type, `UnknownPassError` and the errors of the named passes."""
-    options = dict(options or {})
+    given: dict[str, Any] = dict(options or {})
     known = [f.name for f in fields(BackendOptions)]
-    _reject_unknown("the accelc backend", options, known)
+    _reject_unknown("the accelc backend", given, known)
     wrong = [
-        f"{name}={options[name]!r} (wants {wanted})"
+        f"{name}={given[name]!r} (wants {wanted})"
         for name, (test, wanted) in _WANTED.items()
-        if name in options and not test(options[name])
+        if name in given and not test(given[name])
     ]
     if wrong:
         raise OptionValueError(f"the accelc backend got {', '.join(wrong)}", where="torch.compile(options=...)")
-    _reject_unknown("Inductor", options.get("inductor", {}), inductor_options())
-    built = tuple(p if isinstance(p, Pass) else build_pass(p) for p in options.pop("passes", ()))
-    checked = BackendOptions(passes=built, **{**options, "disable": tuple(options.get("disable", ()))})
+    _reject_unknown("Inductor", given.get("inductor", {}), inductor_options())
+    built = tuple(p if isinstance(p, Pass) else build_pass(p) for p in given.pop("passes", ()))
+    checked = BackendOptions(passes=built, disable=tuple(given.pop("disable", ())), **given)
     checked.pipeline()  # an impossible order or an unknown name is reported here, not in the middle of compiling
     return checked
 

@@ -151,7 +151,7 @@ def expand_dialect(graph: fx.Graph, module: fx.GraphModule) -> int:
 def constants(graph: fx.Graph, frozen: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The frozen tensors, given by attribute name, by the target of their placeholder."""
     placeholders = {str(n.target): attribute_of(n) for n in graph.nodes if n.op == "placeholder"}
-    return {name: frozen[attribute] for name, attribute in placeholders.items() if attribute in frozen}
+    return {name: frozen[attribute] for name, attribute in placeholders.items() if attribute and attribute in frozen}
 
 
 def is_input_write(node: fx.Node) -> bool:

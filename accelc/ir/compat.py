@@ -36,8 +36,10 @@ def compile_with_inductor(
 
     if rewrite is None:
         return compile_fx(module, inputs, config_patches=dict(options or {}))
-    installed = config.joint_custom_pre_pass
-    others = [] if installed is None else list(installed) if isinstance(installed, list | tuple) else [installed]
+    installed = (options or {}).get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    others: list[Any] = (
+        [] if installed is None else list(installed) if isinstance(installed, list | tuple) else [installed]
+    )
 
     chosen: Callable[[fx.Graph], None] = rewrite
 
