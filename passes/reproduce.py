@@ -110,8 +110,11 @@ def load_reproduction(folder: str | Path) -> tuple[Program, Pass, list[Tensor] |
         env[node.name] = new
     program = dataclasses.replace(plain, module=fx.GraphModule(root, graph))
     fill_values(program.graph, program.module)
-    given = load_file(folder / INPUTS) if (folder / INPUTS).exists() else None
-    return program, _find(*place)(**options), given and [given[str(i)] for i in range(len(given))]
+    given = None
+    if (folder / INPUTS).exists():
+        tensors = load_file(folder / INPUTS)
+        given = [tensors[str(i)] for i in range(len(tensors))]
+    return program, _find(*place)(**options), given
 
 
 @dataclasses.dataclass(frozen=True)
