@@ -1,9 +1,6 @@
 """What the demo trains: sizes and schedule, chosen for about three minutes on two CPU cores."""
 
-import os
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -27,16 +24,3 @@ class Settings:
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)
-
-
-def cache_dir() -> Path:
-    """Where trained models are kept: `ACCELC_CACHE_DIR`, or the platform's directory for caches."""
-    if chosen := os.environ.get("ACCELC_CACHE_DIR"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "accelc"

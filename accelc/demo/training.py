@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from accelc.codegen.cache import cache_dir
 from accelc.demo.corpus import Corpus, read_corpus
-from accelc.demo.settings import Settings, cache_dir
+from accelc.demo.settings import Settings
 from accelc.demo.tokenizer import encode_files, train_tokenizer
 
 HELD_OUT_WINDOWS = 64  # windows of held-out text that the loss is measured on

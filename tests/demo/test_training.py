@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from accelc.codegen.cache import cache_dir
 from accelc.demo import training
 from accelc.demo.corpus import read_corpus
-from accelc.demo.settings import Settings, cache_dir
+from accelc.demo.settings import Settings
 from accelc.demo.tokenizer import encode_files
 
 TINY = Settings(
