@@ -28,10 +28,11 @@ import torch.fx as fx
 import accelc as accelc_package
 from accelc.backend_options import BackendOptions, parse_options, reject_mode
 from accelc.freezing import freeze_parameters
-from accelc.inference_graph import constants, to_program, write_back
+from accelc.inference_graph import constants, to_program, write_back, written_attributes
 from accelc.ir import PassRecord
 from accelc.ir.compat import compile_with_inductor, is_joint_graph, is_top_level
 from accelc.ir.errors import InvariantError
+from accelc.output_contract import LayoutError
 from accelc.passes import Pipeline
 
 logger = logging.getLogger("accelc")
@@ -121,18 +122,18 @@ def compile_inference(
     """Compile a graph that needs no gradients: the passes, then Inductor. Returns it with the completed report."""
     pipeline = options.pipeline()
     patches = dict(options.inductor)
-    frozen = None
+    frozen, written = None, set[str]()
     if options.freeze and torch.is_grad_enabled():
         announce("freeze=True has no effect while gradients are enabled: call the model under torch.no_grad()")
     elif options.freeze:
         frozen = freeze_parameters(gm, inputs)
         gm, inputs = frozen.module, frozen.inputs
         patches["freezing"] = True
-        report = replace(report, frozen=len(frozen.tensors))
     report = replace(report, note="loaded from torch's compile cache, where an earlier run had left it")
 
     def rewrite(graph: fx.Graph) -> None:
         nonlocal report
+        written.update(written_attributes(graph))
         if not is_top_level(graph):
             return
         if is_joint_graph(graph):
@@ -145,12 +146,19 @@ def compile_inference(
             report = replace(report, note=f"no program, left to Inductor: {error.what}")
             return
         program = pipeline.run(program)
-        write_back(program, graph)
+        try:
+            write_back(program, graph)
+        except LayoutError as error:
+            report = replace(report, note=f"left to Inductor without the passes' changes: {error.what}")
+            return
         report = replace(report, history=program.history, note="")
 
     key = None if frozen else cache_key(pipeline)
     compiled = compile_with_inductor(gm, inputs, patches, rewrite, key)
-    return (frozen.guard(compiled) if frozen else compiled), report
+    if frozen is not None:
+        report = replace(report, frozen=len(frozen.tensors) - len(written))
+        compiled = frozen.guard(compiled, written)
+    return compiled, report
 
 
 def trains(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +27,22 @@ class Frozen:
     places: tuple[int, ...]
     """Where dynamo passes each of `tensors`."""
 
-    def guard(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(self, compiled: Callable[..., Any], written: Collection[str]) -> Callable[..., Any]:
         """`compiled`, for dynamo's full argument list.
 
         Dynamo shares one graph among modules that differ in their parameters only, and does not notice an assignment to
         a parameter: identity and version of each are checked at every call, `BackendError` when one changed.
+        Buffers in `written` the graph itself writes to: they are no constants, and may have another version.
         """
         checks = [
-            (place, tensor, tensor._version, name) for place, (name, tensor) in zip(self.places, self.tensors.items())
+            (place, tensor, None if name in written else tensor._version, name)
+            for place, (name, tensor) in zip(self.places, self.tensors.items())
         ]
         kept = self.kept
 
         def call(*args: Any) -> Any:
             for place, tensor, version, name in checks:
-                if args[place] is not tensor or tensor._version != version:
+                if args[place] is not tensor or (version is not None and tensor._version != version):
                     raise BackendError(
                         f"parameter {name} is not the one this graph was compiled with, or was written to",
                         where='options={"freeze": True}',
@@ -53,22 +55,17 @@ class Frozen:
 
 
 def freeze_parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> Frozen:
-    """Turn a module's parameters, and those of its buffers that the graph does not write, into attributes.
+    """Turn a module's parameters and buffers into attributes.
 
+    Which of them the graph writes to is known after functionalisation only; Inductor then keeps those as inputs.
     Tensors made in inference mode stay inputs: they have no version, so a change could not be noticed.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     frozen = [
         i
         for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
-        if is_module_tensor(node) and not value.is_inference() and not _written(node)
+        if is_module_tensor(node) and not value.is_inference()
     ]
     kept = tuple(i for i in range(len(inputs)) if i not in set(frozen))
     tensors = {placeholders[i].name: inputs[i] for i in frozen}
     return Frozen(with_attributes(gm, tensors), tuple(inputs[i] for i in kept), kept, tensors, tuple(frozen))
-
-
-def _written(placeholder: fx.Node) -> bool:
-    """Whether the graph writes to an input: its fake value then moved on while dynamo traced."""
-    value = placeholder.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and value._version > 0

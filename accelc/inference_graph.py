@@ -35,8 +35,9 @@ CONSTANT = "accelc_constant_"
 def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Program:
     """The Program of an inference graph; `graph` stays as it is.
 
-    `constants` gives the frozen parameters by the target of their placeholder. Raises `InvariantError` for a graph that
-    is no Program: higher-order operations, operations that mutate or assert, reads of an input behind a write to it.
+    `constants` gives the frozen parameters by the target of their placeholder; the graph does not write to them. Raises
+    `InvariantError` for a graph that is no Program: higher-order operations, operations that mutate or assert, reads of
+    an input behind a write to it.
     """
     root = torch.nn.Module()
     pure = fx.Graph()
@@ -56,8 +57,8 @@ def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Progra
                 inputs.append(name)
         elif is_input_write(node):
             name = str(node.args[0].target)
-            if name in writes or name in constants:
-                raise InvariantError(f"the input {name} is written twice, or is frozen", where=describe(node))
+            if name in writes:
+                raise InvariantError(f"the input {name} is written twice", where=describe(node))
             writes[name] = env[node.args[1]]
         elif node.op == "call_function" and not node.users and node.is_impure():
             raise InvariantError(f"{node.name} is called for its effect", where=describe(node))
@@ -80,7 +81,8 @@ def write_back(program: Program, graph: fx.Graph) -> fx.Graph:
     """The inference graph that does what `program` says, with the inputs, writes and output metadata of `graph`.
 
     Becomes the graph of `graph`'s module, which gets the tensors that passes added. Dialect operations are expanded to
-    their references, which Inductor fuses. Raises `InvariantError` when passes changed the inputs or outputs.
+    their references, which Inductor fuses. Raises `InvariantError` when passes changed the inputs or outputs,
+    `LayoutError` (before anything changed) when an output cannot get back the strides it had.
     """
     module = graph.owning_module
     before, after = graph.output_node(), program.graph.output_node()
@@ -149,9 +151,15 @@ def expand_dialect(graph: fx.Graph, module: fx.GraphModule) -> int:
 
 
 def constants(graph: fx.Graph, frozen: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The frozen tensors, given by attribute name, by the target of their placeholder."""
-    placeholders = {str(n.target): attribute_of(n) for n in graph.nodes if n.op == "placeholder"}
-    return {name: frozen[attribute] for name, attribute in placeholders.items() if attribute and attribute in frozen}
+    """The frozen tensors (by attribute) that the graph does not write to, by the target of their placeholder."""
+    attributes = {str(n.target): attribute_of(n) for n in graph.nodes if n.op == "placeholder"}
+    written = written_attributes(graph)
+    return {name: frozen[a] for name, a in attributes.items() if a and a in frozen and a not in written}
+
+
+def written_attributes(graph: fx.Graph) -> set[str]:
+    """The attributes of the dynamo graph that `graph` writes to."""
+    return {name for n in graph.nodes if is_input_write(n) and (name := attribute_of(n.args[0])) is not None}
 
 
 def is_input_write(node: fx.Node) -> bool:

@@ -19,6 +19,10 @@ from accelc.ir.errors import InvariantError, describe
 FORMATS = {torch.contiguous_format: range(64), torch.channels_last: (4,), torch.channels_last_3d: (5,)}
 
 
+class LayoutError(InvariantError):
+    """The strides of an output changed, and no copy can restore them."""
+
+
 def keep_outputs(
     before: Sequence[object],
     after: Sequence[object],
@@ -28,7 +32,7 @@ def keep_outputs(
     """The outputs `after`, copied where they share memory or have strides as their counterparts in `before` do not.
 
     `before` and `after` are the outputs of the graph as it came and as it is now, in the same order (nodes, or numbers
-    and None), `written_*` the values written to inputs. Raises `InvariantError` for a layout that cannot be restored.
+    and None), `written_*` the values written to inputs. Raises `LayoutError` for a layout that cannot be restored.
     """
     shared = _sharing(before, written_before)
     kept = list(after)
@@ -92,7 +96,7 @@ def _copy_like(node: fx.Node, value: torch.Tensor) -> fx.Node:
         if value.dim() in ranks and value.is_contiguous(memory_format=memory_format):
             return _insert(node, torch.ops.aten.clone.default, value, memory_format=memory_format)
     if not all(isinstance(s, int) for s in value.stride()) or 0 in value.stride():
-        raise InvariantError("passes changed the layout of an output, and it is symbolic", where=describe(node))
+        raise LayoutError("passes changed the layout of an output, and it is symbolic", where=describe(node))
     # Dense but permuted: copy in the order of the strides, then permute back.
     order = sorted(range(value.dim()), key=lambda d: -value.stride()[d])
     back = [order.index(d) for d in range(value.dim())]

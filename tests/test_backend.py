@@ -335,6 +335,18 @@ def test_frozen_parameters_give_the_same_and_are_guarded() -> None:
             run(x)
 
 
+def test_a_buffer_that_the_graph_writes_is_not_frozen() -> None:
+    module = nn.BatchNorm1d(4)  # in training mode, without gradients
+    eager = copy.deepcopy(module)
+    run = compiled(module, freeze=True)
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(5, 4)
+            torch.testing.assert_close(run(x), eager(x))
+            torch.testing.assert_close(list(module.buffers()), list(eager.buffers()))
+    assert backend.last_report().frozen == 2
+
+
 def test_layers_that_share_a_graph_do_not_share_frozen_weights() -> None:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     run = compiled(lambda layer, x: layer(x), freeze=True)
