@@ -8,8 +8,9 @@ import torch
 import torch.fx as fx
 
 from accelc.passes.attention_scores import NotAttention, Term
-from accelc.passes.match import Builder, argument, aten, is_call, is_cast, permutation, same, shape
+from accelc.passes.match import Builder, argument, aten, is_call, is_cast, permutation, same, shape, tensor
 
+accelc = torch.ops.accelc
 Size = int | torch.SymInt
 
 
@@ -75,8 +76,21 @@ def query_rows(layout: Layout, node: fx.Node) -> fx.Node:
     return layout.reshape(node, want)
 
 
-def key_rows(layout: Layout, node: fx.Node, rows: bool) -> fx.Node:
-    """Keys or values as [B, Hk, T, D], Hk the number of different heads; given as [..., T, D] if `rows`, else [..., D, T]."""
+def key_value_rows(layout: Layout, key: fx.Node, value: fx.Node, rows: bool) -> tuple[fx.Node, fx.Node]:
+    """Keys [B, Hk, T, D] and values [B, Hk, T, Dv], Hk the number of different heads where both repeat theirs alike.
+
+    Values are given as [..., T, Dv], keys as [..., T, D] if `rows`, else as [..., D, T].
+    """
+    repeated = _rows(layout, key, rows), _rows(layout, value, True)
+    distinct = tuple(distinct_heads(layout, node, 1) or node for node in repeated)
+    for keys, values in (distinct, repeated):
+        if same(shape(keys)[1], shape(values)[1]):
+            return keys, values
+    raise NotAttention(f"keys {shape(key)} and values {shape(value)} have different numbers of heads")
+
+
+def _rows(layout: Layout, node: fx.Node, rows: bool) -> fx.Node:
+    """Keys or values as [B, Hk, T, D], with the repetition of heads that they come with."""
     node = _without_merging(layout, node)
     rank = len(shape(node))
     if not rows:
@@ -92,7 +106,7 @@ def key_rows(layout: Layout, node: fx.Node, rows: bool) -> fx.Node:
         node = layout.reshape(node, (layout.batch, layout.heads, length, dim))
     elif not (len(leading) == 2 and layout.is_split(leading) and layout.heads % int(leading[1]) == 0):
         raise NotAttention(f"keys or values {shape(node)} do not have {layout.heads} heads")
-    return distinct_heads(layout, node, 1) or node
+    return node
 
 
 def _is_full(layout: Layout, leading: tuple[Size, ...]) -> bool:
@@ -124,6 +138,12 @@ def distinct_heads(layout: Layout, node: fx.Node, dim: int) -> fx.Node | None:
     if is_cast(node):
         inner = distinct_heads(layout, source, dim)
         return layout.builder.cast(layout.anchor, inner, node.meta["val"].dtype) if inner is not None else None
+    if is_call(node, accelc.rotary, accelc.rms_norm):
+        tables = [n for n in node.args[1:] if tensor(n) is not None]
+        if not all(_broadcasts(shape(table), dim - len(shape(node))) for table in tables):  # type: ignore[arg-type]
+            return None
+        inner = distinct_heads(layout, source, dim)
+        return layout.emit(node.target, inner, *node.args[1:]) if inner is not None else None  # type: ignore[arg-type]
     if is_call(node, aten.repeat_interleave) and argument(node, "dim") in (dim, dim - len(shape(node))):
         return source if isinstance(node.args[1], int) else None
     if is_call(node, aten.expand, aten.repeat):
@@ -148,6 +168,11 @@ def _expanded_from(node: fx.Node, dim: int) -> fx.Node | None:
         return None
     others = [i for i in range(len(after)) if i != dim]
     return source if all(same(before[i], after[i]) for i in others) else None
+
+
+def _broadcasts(sizes: tuple[Size, ...], dim: int) -> bool:
+    """Whether a tensor of these sizes is the same along the dim that is `dim` (negative) from the right."""
+    return len(sizes) < -dim or same(sizes[dim], 1)
 
 
 def _drop_dim(layout: Layout, node: fx.Node, dim: int) -> fx.Node:

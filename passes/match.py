@@ -141,19 +141,26 @@ class Builder:
     def __init__(self) -> None:
         self._emitted: dict[object, fx.Node] = {}
 
-    def emit(self, anchor: fx.Node, target: torch._ops.OpOverload, *args: object, after: fx.Node | None = None) -> fx.Node:
-        """A call of `target` right after `after`, or else right before `anchor`."""
-        key = (target, _frozen(args))
+    def emit(
+        self,
+        anchor: fx.Node,
+        target: torch._ops.OpOverload,
+        *args: object,
+        after: fx.Node | None = None,
+        **options: object,
+    ) -> fx.Node:
+        """A call of `target` with `args` and the keyword arguments `options`, right after `after` or else before `anchor`."""
+        key = (target, _frozen(args), _frozen(sorted(options.items())))
         known = self._emitted.get(key)
         if known is not None and known < anchor:
             return known
         graph = anchor.graph
         with graph.inserting_after(after) if after is not None else graph.inserting_before(anchor):
-            node = graph.call_function(target, args)  # type: ignore[arg-type]
+            node = graph.call_function(target, args, options)  # type: ignore[arg-type]
         origin = after if after is not None else anchor
         node.meta = {key: origin.meta[key] for key in KEPT_META if key in origin.meta}
         with next(t for n in node.all_input_nodes if (t := tensor(n)) is not None).fake_mode:  # type: ignore[attr-defined]
-            node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+            node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **options)
         self._emitted[key] = node
         return node
 

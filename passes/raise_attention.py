@@ -15,7 +15,7 @@ from accelc.passes.attention_layout import (
     Layout,
     combined_bias,
     count_heads,
-    key_rows,
+    key_value_rows,
     query_rows,
     sink_per_head,
 )
@@ -48,7 +48,7 @@ class RaiseAttention(Pass):
       sinks as a column that is appended and sliced off; batch and heads merged, apart, or as [B, Hk, G]; einsum.
 
     Queries, keys and values are picked up as they were before the model transposed, merged or repeated them, so the result
-    reads keys [B, Hk, T, D] with the heads that are different. Masks alone stay bool; beside float biases they become -inf.
+    reads keys [B, Hk, T, D] with the heads that are different (also where norms or rotary embedding came after repeating). Masks alone stay bool; beside float biases they become -inf.
 
     Matches are the attentions raised. Attention over another dim of the scores, over other keys than the tokens, or with an
     operation on the scores that is not covered stays as it is, and a note says why.
@@ -59,7 +59,7 @@ class RaiseAttention(Pass):
     """
 
     name = "raise_attention"
-    after = ("normalise",)
+    after = ("normalise", "raise_norms", "raise_rotary")
     before = ("derive_step",)
     requires = ("normalised",)
     expected_matches = (0, None)
@@ -147,8 +147,7 @@ class _Rewriter:
         attention = layout.emit(
             torch.ops.accelc.full_attention.default,
             query_rows(layout, scores.query),
-            key_rows(layout, scores.key, rows=scores.key_rows),
-            key_rows(layout, value, rows=True),
+            *key_value_rows(layout, scores.key, value, scores.key_rows),
             combined_bias(layout, scores.terms),
             sink_per_head(layout, scores.sinks) if scores.sinks is not None else None,
             is_causal,
@@ -159,7 +158,9 @@ class _Rewriter:
         for user in list(result.users):
             if is_call(user, aten.reshape) and same(shape(user), shape(attention)):
                 user.replace_all_uses_with(attention)
+                result.graph.erase_node(user)
         result.replace_all_uses_with(layout.reshape(attention, shape(result)))
+        result.graph.erase_node(result)  # fused attention is not dead code: it may draw random numbers
 
 
 def _contractions(node: fx.Node, sliced: bool) -> Iterator[fx.Node]:
