@@ -1,1 +1,52 @@
-"""accelc: turns the plain forward of a causal language model into a fast autoregressive decoder."""
+"""accelc: turns the plain forward of a causal language model into a fast autoregressive decoder.
+
+import accelc
+
+decoder = accelc.compile(model, max_length=2048)
+result = decoder.generate(ids, max_new_tokens=256)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelc import hf as hf
+    from accelc.capture import capture as capture
+    from accelc.compiler import compile as compile
+    from accelc.decoder import CompiledDecoder as CompiledDecoder
+    from accelc.ir import Exactness as Exactness
+    from accelc.ir.errors import AccelcError as AccelcError
+    from accelc.runtime import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "compile": "accelc.compiler",
+    "capture": "accelc.capture",
+    "CompiledDecoder": "accelc.decoder",
+    "Exactness": "accelc.ir",
+    "AccelcError": "accelc.ir.errors",
+    "SamplingParams": "accelc.runtime",
+    "hf": "",
+}
+"""Where the public names live. They are imported on first use: `torch.compile` finds the backend without the rest."""
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _PLACES:
+        raise AttributeError(f"module 'accelc' has no attribute {name!r}")
+    if not _PLACES[name]:
+        return importlib.import_module(f"accelc.{name}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
+
+
+__all__ = ["AccelcError", "CompiledDecoder", "Exactness", "SamplingParams", "capture", "compile", "hf"]

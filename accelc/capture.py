@@ -99,7 +99,9 @@ class LogitsOnly(nn.Module):
         if logits is None and isinstance(out, tuple | list) and out:
             logits = out[0]
         if not isinstance(logits, Tensor):
-            raise NoLogitsError(f"the forward of {type(self.model).__name__} returns {type(out).__name__} without logits")
+            raise NoLogitsError(
+                f"the forward of {type(self.model).__name__} returns {type(out).__name__} without logits"
+            )
         return logits
 
 

@@ -17,7 +17,7 @@ from accelc.passes.step.analysis import Analysis
 from accelc.passes.step.cut import Cached, Rates, minimum_cut
 from accelc.passes.step.emit import Builder, Value, emit
 from accelc.passes.step.index_domain import Tables, index_call
-from accelc.passes.step.rules import call_for
+from accelc.passes.step.rules import call_for, static_call
 from accelc.passes.step.wants import Call, K, Q, Want
 
 accelc = torch.ops.accelc
@@ -53,7 +53,10 @@ class DeriveStep(Pass):
         step = derivation.emit(roots, cached, self.tree)
         step = replace(step, facts={**program.facts, "cut": cached})
         propagate(step)
-        notes = [f"{spec.origin}: {list(spec.shape)} {spec.dtype}, {spec.bytes_per_token()} bytes a token" for spec in step.states]
+        notes = [
+            f"{spec.origin}: {list(spec.shape)} {spec.dtype}, {spec.bytes_per_token()} bytes a token"
+            for spec in step.states
+        ]
         total = sum(spec.bytes_per_token() for spec in step.states)
         return PassResult(step, len(step.states) or 1, (f"{total} bytes a cached token", *notes, *tables.notes))
 
@@ -84,7 +87,7 @@ class Derivation:
         if analysis.is_index(node):
             return index_call(analysis, self.tables, node, want.roles)
         if analysis.is_static(node):
-            return call_for(analysis, node, want.roles)
+            return static_call(analysis, node)
         return call_for(analysis, node, want.roles)
 
     def cut(self, roots: list[Want], rates: Rates) -> list[Cached]:

@@ -277,8 +277,11 @@ def save_inductor_artifact(module: fx.GraphModule, inputs: Sequence[Any], fakes:
     """Compile a graph whose placeholders carry fakes of `fakes`, symbolic sizes included, into one file."""
     from torch._inductor import standalone_compile
 
+    # Traced first: torch's caches accept ATen operations, and no Python functions such as the dialect's references.
+    with torch.no_grad(), fakes.mode:
+        flat = trace_decomposed(module, inputs)
     with torch.no_grad():
-        standalone_compile(module, list(inputs), dynamic_shapes="from_graph").save(path=path, format="binary")
+        standalone_compile(flat, list(inputs), dynamic_shapes="from_graph").save(path=path, format="binary")
 
 
 def load_inductor_artifact(path: str) -> Callable[..., Any]:

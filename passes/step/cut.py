@@ -65,7 +65,9 @@ def minimum_cut(
     infinite = float("inf")
     for want, call in calls.items():
         stored = cached_bytes(analysis, want)
-        graph.add_edge(("computed", want), ("needed", want), capacity=infinite if stored is None else stored / rates.bytes)
+        graph.add_edge(
+            ("computed", want), ("needed", want), capacity=infinite if stored is None else stored / rates.bytes
+        )
         price = infinite if isinstance(call, DeriveError) else compute_time(analysis, want, call, rates)
         graph.add_edge("source", ("computed", want), capacity=price)
         if isinstance(call, Call):

@@ -79,6 +79,11 @@ class Builder:
         keys = self.once("K0", accelc.key_positions.default, new, self.inputs["lengths"], self.slots())
         return self.once("K", aten.clamp.default, keys, 0, self.max_length - 1)
 
+    def row_and_column(self, roles: tuple[str | None, ...]) -> tuple[fx.Node, fx.Node]:
+        """Positions of the last two dims in `roles`, as a column [B, ., 1] and a row [B, 1, .] that broadcast to a matrix."""
+        row = self.call(aten.unsqueeze.default, self.positions(roles[-2]), -1)
+        return row, self.call(aten.unsqueeze.default, self.positions(roles[-1]), -2)
+
     def visible(self) -> fx.Node:
         """Hidden (query, slot) pairs [B, N, S]: the complement of structural visibility."""
         seen = self.once(
@@ -100,7 +105,11 @@ class Builder:
         for factor, value in terms:
             if factor:
                 scaled = value if factor == 1 else self.once((factor, value), operator.mul, factor, value)
-                total = scaled if isinstance(total, int) and total == 0 else self.once((total, scaled), operator.add, total, scaled)
+                total = (
+                    scaled
+                    if isinstance(total, int) and total == 0
+                    else self.once((total, scaled), operator.add, total, scaled)
+                )
         return total
 
 

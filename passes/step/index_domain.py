@@ -114,6 +114,8 @@ def index_call(analysis: Analysis, tables: Tables, node: fx.Node, roles: Roles) 
     timed = [d for d, s in enumerate(sizes) if s.has_time]
     if packet in (aten.tril, aten.triu) and len(timed) == 2:
         return _triangle(analysis, node, roles)
+    if packet is aten.eye:
+        return _diagonal(analysis, node, roles)
     if not timed:
         return _without_time(analysis, tables, node, roles)
     if len(timed) == 1 and sizes[timed[0]].is_time:
@@ -214,7 +216,17 @@ def _is_stored(analysis: Analysis, node: fx.Node) -> bool:
     return node.op == "get_attr"
 
 
-_CUTS = {aten.slice, aten.view, aten.reshape, aten.unsqueeze, aten._to_copy, aten.to, aten.alias, aten.eq, aten.logical_not}
+_CUTS = {
+    aten.slice,
+    aten.view,
+    aten.reshape,
+    aten.unsqueeze,
+    aten._to_copy,
+    aten.to,
+    aten.alias,
+    aten.eq,
+    aten.logical_not,
+}
 
 
 def _look_up_pair(analysis: Analysis, tables: Tables, node: fx.Node, roles: Roles, timed: list[int]) -> Call:
@@ -224,8 +236,7 @@ def _look_up_pair(analysis: Analysis, tables: Tables, node: fx.Node, roles: Role
     rank = table.dim()
 
     def emit(build: Any, call: Call, values: list[Any], lifted: bool) -> fx.Node:
-        row = build.call(aten.unsqueeze.default, build.positions(first), -1)
-        column = build.call(aten.unsqueeze.default, build.positions(second), -2)
+        row, column = build.row_and_column((first, second))
         value = build.call(aten.index.Tensor, build.constant(f"table_{node.name}", table), [row, column])
         # [B, first, second, rest] back to the node's order, the batch in front
         order = [0] * (rank + 1)
@@ -237,6 +248,20 @@ def _look_up_pair(analysis: Analysis, tables: Tables, node: fx.Node, roles: Role
     return Call("look_up", emit=emit, kwargs={"lifted": True})
 
 
+def _diagonal(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    """eye over two sequence dims: equal positions."""
+    if not all(s.is_time for s in analysis.sizes(node)):
+        raise analysis.refuse(node, "is an identity matrix over other dims than the sequence")
+
+    def emit(build: Any, call: Call, values: list[Any], lifted: bool) -> fx.Node:
+        row, column = build.row_and_column(roles)
+        same = build.call(aten.eq.Tensor, row, column)
+        dtype = node.meta["val"].dtype
+        return same if dtype == torch.bool else build.call(aten._to_copy.default, same, dtype=dtype)
+
+    return Call("triangle", emit=emit, kwargs={"lifted": True})
+
+
 def _triangle(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     """tril and triu over two sequence dims compare positions."""
     diagonal = scalars(analysis, node, node.args[1]) if len(node.args) > 1 else 0
@@ -244,8 +269,7 @@ def _triangle(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     base = aligned(analysis, node.args[0], roles)
 
     def emit(build: Any, call: Call, values: list[Any], lifted: bool) -> fx.Node:
-        row = build.call(aten.unsqueeze.default, build.positions(roles[-2]), -1)
-        column = build.call(aten.unsqueeze.default, build.positions(roles[-1]), -2)
+        row, column = build.row_and_column(roles)
         difference = build.call(aten.sub.Tensor, column, row)
         compare = aten.le.Scalar if lower else aten.ge.Scalar
         inside = build.call(compare, difference, diagonal)  # [B, ., .]

@@ -35,12 +35,22 @@ def _softmax(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     )  # fmt: skip
 
 
-FILLS = {aten.sum: 0.0, aten.amax: -INF, aten.amin: INF, aten.max: -INF, aten.min: INF, aten.any: 0.0, aten.logsumexp: -INF}
+FILLS = {
+    aten.sum: 0.0,
+    aten.amax: -INF,
+    aten.amin: INF,
+    aten.max: -INF,
+    aten.min: INF,
+    aten.any: 0.0,
+    aten.logsumexp: -INF,
+}
 """What hides an element from a reduction."""
 
 
 @rule(aten.sum, aten.amax, aten.amin, aten.max, aten.min, aten.any, aten.logsumexp)
-@rule(aten.mean, aten.var, aten.std, aten.prod, aten.all, aten.var_mean, aten.linalg_vector_norm, aten.norm, aten.argmax)
+@rule(
+    aten.mean, aten.var, aten.std, aten.prod, aten.all, aten.var_mean, aten.linalg_vector_norm, aten.norm, aten.argmax
+)
 def _reduce(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     source = node.args[0]
     packet = node.target.overloadpacket
@@ -62,7 +72,9 @@ def _reduce(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     want: Want | Masked = Want(source, tuple(inputs))
     if over_time:
         if packet not in FILLS or Q not in inputs:
-            raise analysis.refuse(node, "reduces over the sequence in a way that depends on its length or on later tokens")
+            raise analysis.refuse(
+                node, "reduces over the sequence in a way that depends on its length or on later tokens"
+            )
         want = Masked(want, FILLS[packet])
     negatives: Any = negative(dims, rank) if isinstance(dims, int) else [negative(d % rank, rank) for d in listed]
     return rebuilt(analysis, node, {0: want, position: negatives})
@@ -185,7 +197,9 @@ def _sdpa(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     query, key, value = given["query"], given["key"], given["value"]
     if not analysis.sizes(query)[-2].has_time and not analysis.sizes(key)[-2].has_time:
-        same = {i: aligned(analysis, a, roles) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and not is_size(a)}
+        same = {
+            i: aligned(analysis, a, roles) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and not is_size(a)
+        }
         return rebuilt(analysis, node, same, broadcast=True)
     if len(roles) != 4:
         raise analysis.refuse(node, "is attention over a rank other than [B, H, T, D]")
@@ -207,7 +221,10 @@ def _attention(
         ends = (Q, K)[2 - min(len(sizes), 2) :]
         if any(s.has_time for s in sizes[:-2]):
             raise analysis.refuse(node, "has a bias with a third sequence dim")
-        wanted = (*(None for _ in sizes[:-2]), *(r if s.has_time else None for s, r in zip(sizes[-2:], ends, strict=True)))
+        wanted = (
+            *(None for _ in sizes[:-2]),
+            *(r if s.has_time else None for s, r in zip(sizes[-2:], ends, strict=True)),
+        )
         wanted_bias = Want(bias, wanted)
     step = [Input("positions"), Input("lengths"), Input("tree")]
     args = [analysis.want(query, Q), analysis.want(key, K), analysis.want(value, K), *step, wanted_bias]
@@ -247,7 +264,9 @@ def _index(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return router(analysis, node, roles)
 
 
-@rule(aten.index_put, aten.index_add, aten.index_select, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.histc)
+@rule(
+    aten.index_put, aten.index_add, aten.index_select, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.histc
+)
 @rule(aten.bincount, aten.one_hot, aten._grouped_mm, aten.searchsorted, aten.bucketize, aten.index_copy)
 @rule("transformers::grouped_mm_fallback", "aten::_grouped_mm")
 def router(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:

@@ -7,10 +7,9 @@ is refused by name. This file has the registry and the operations that move or c
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
-
-import operator
 
 import torch
 import torch.fx as fx
@@ -55,6 +54,21 @@ def call_for(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     raise analysis.refuse(node, "is not known to keep tokens apart")
 
 
+def static_call(analysis: Analysis, node: fx.Node) -> Call:
+    """A value of parameters and constants alone is computed in the step as it was in the forward, whatever computes it."""
+    if node.op == "get_attr":
+        return Call("get_attr", (node.target,))
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return Want(value, (None,) * len(analysis.sizes(value)))
+        if isinstance(value, list | tuple):
+            return type(value)(convert(v) for v in value)
+        return value
+
+    return Call(node.target, tuple(map(convert, node.args)), {k: convert(v) for k, v in node.kwargs.items()})
+
+
 def aligned(analysis: Analysis, argument: fx.Node, roles: Roles) -> Want:
     """`argument` as it lines up, from the right, with a result in `roles`; dims of size one broadcast and have no role."""
     sizes = analysis.sizes(argument)
@@ -91,8 +105,27 @@ def negative(dim: int, rank: int) -> int:
 # -- element by element ----------------------------------------------------------------------------------------------
 
 
-@rule(aten.to, aten._to_copy, aten.__and__, aten.__or__, aten.__xor__, aten.clone, aten.contiguous, aten.where, aten.dropout)
-@rule(aten.floor_divide, aten.masked_fill, aten.alias, aten.detach, aten.lift_fresh_copy, aten.isin, aten.float_power, aten.type_as)
+@rule(
+    aten.to,
+    aten._to_copy,
+    aten.__and__,
+    aten.__or__,
+    aten.__xor__,
+    aten.clone,
+    aten.contiguous,
+    aten.where,
+    aten.dropout,
+)
+@rule(
+    aten.floor_divide,
+    aten.masked_fill,
+    aten.alias,
+    aten.detach,
+    aten.lift_fresh_copy,
+    aten.isin,
+    aten.float_power,
+    aten.type_as,
+)
 @rule(torch.ops.accelc.gated_activation)
 def pointwise(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     """Each element from the elements that broadcast to it."""
@@ -132,7 +165,9 @@ def reshape_roles(analysis: Analysis, node: fx.Node, source: fx.Node, roles: Rol
     """Roles of a reshape's input: dims are grouped so that products agree; a group passes its one role on."""
     before, after = analysis.sizes(source), analysis.sizes(node)
     result: list[str | None] = [None] * len(before)
-    for ins, outs in _groups(before, after, lambda: analysis.refuse(node, "regroups dims in a way that is not followed")):
+    for ins, outs in _groups(
+        before, after, lambda: analysis.refuse(node, "regroups dims in a way that is not followed")
+    ):
         wanted = {roles[d] for d in outs if after[d].has_time}
         carrying = [d for d in ins if before[d].has_time]
         if len(wanted) > 1 or len(carrying) > 1:
@@ -142,7 +177,9 @@ def reshape_roles(analysis: Analysis, node: fx.Node, source: fx.Node, roles: Rol
     return tuple(result)
 
 
-def _groups(before: tuple[Size, ...], after: tuple[Size, ...], error: Callable[[], DeriveError]) -> list[tuple[list[int], list[int]]]:
+def _groups(
+    before: tuple[Size, ...], after: tuple[Size, ...], error: Callable[[], DeriveError]
+) -> list[tuple[list[int], list[int]]]:
     """Smallest runs of input and output dims with equal products."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -234,7 +271,9 @@ def _unsqueeze(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
 def _squeeze(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     source = node.args[0]
     rank = len(analysis.sizes(source))
-    listed = node.args[1] if len(node.args) > 1 else [d for d, s in enumerate(analysis.sizes(source)) if s == Size(const=1)]
+    listed = (
+        node.args[1] if len(node.args) > 1 else [d for d, s in enumerate(analysis.sizes(source)) if s == Size(const=1)]
+    )
     listed = [listed] if isinstance(listed, int) else listed
     gone = {d % rank for d in listed if analysis.sizes(source)[d] == Size(const=1)}
     rest = iter(roles)
@@ -305,9 +344,7 @@ def _getitem(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
 def _repeat_interleave(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     if len(node.args) < 3 or not isinstance(node.args[2], int) or analysis.sizes(node)[node.args[2]].has_time:
         raise analysis.refuse(node, "repeats along the sequence")
-    return rebuilt(
-        analysis, node, {0: Want(node.args[0], roles), 2: negative(node.args[2], len(roles))}
-    )
+    return rebuilt(analysis, node, {0: Want(node.args[0], roles), 2: negative(node.args[2], len(roles))})
 
 
 @rule(aten.pad, aten.constant_pad_nd)

@@ -1,0 +1,148 @@
+"""`accelc.compile`: a model becomes a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from accelc.capture import capture, load_model
+from accelc.codegen import CompiledStep, Options, compile_program
+from accelc.decoder import CompiledDecoder, CompileReport
+from accelc.ir import Exactness, Program
+from accelc.ir.errors import InputError, UnknownOptionError
+from accelc.passes import Pass
+from accelc.passes.check_step import Mode, check_step
+from accelc.pipeline import prefill_pipeline, step_pipeline
+from accelc.runtime import cache_capacity
+
+Backend = Literal["native", "eager"]
+Check = Literal["full", "quick", "off"]
+
+CHECK_LENGTH = {"full": 24, "quick": 10}
+"""Tokens that a check runs."""
+
+
+def compile(
+    model: nn.Module | str | Path,
+    *,
+    max_length: int | None = None,
+    max_batch: int | None = None,
+    chunk: int = 256,
+    backend: Backend = "native",
+    passes: Sequence[Pass] = (),
+    disable: Collection[str] = (),
+    require: Exactness = Exactness.DISTRIBUTION,
+    check: Check = "quick",
+    tokenizer: Any = None,
+    eos: int | Sequence[int] | None = None,
+    **unknown: object,
+) -> CompiledDecoder:
+    """Turn a causal language model into a decoder.
+
+    * ``model``: a module that maps token ids [B, T] to logits [B, T, V] (or an object with ``.logits``), or a directory
+      with a transformers configuration and safetensors weights. Weights are shared with it, not copied.
+    * ``max_length``: longest sequence, prompt included; default: the configuration's own limit, at most 4096.
+    * ``max_batch``: refuse larger batches; None takes any. ``chunk``: most prompt tokens one prefill step takes.
+    * ``backend``: "native" compiles the step for CPUs; "eager" runs its graph node by node.
+    * ``passes``: further passes for the step; ``disable``: names of passes to leave out; ``require``: the weakest guarantee.
+    * ``check``: how thoroughly the compiled step is compared with the model before it is handed out.
+    * ``tokenizer``: for texts and stop strings; ``eos``: token ids that end a row; both default to the directory's or model's.
+
+    Raises CaptureError, DeriveError, NotCausalError, CheckError, ExactnessError, InputError, UnknownOptionError.
+    """
+    if unknown:
+        raise UnknownOptionError(
+            f"accelc.compile has no option {', '.join(sorted(unknown))}",
+            remedy="Known: max_length, max_batch, chunk, backend, passes, disable, require, check, tokenizer, eos.",
+        )
+    if backend not in ("native", "eager"):
+        raise InputError(f"backend is {backend!r}", remedy="Use 'native' or 'eager'.")
+    if check not in ("full", "quick", "off"):
+        raise InputError(f"check is {check!r}", remedy="Use 'full', 'quick' or 'off'.")
+    if isinstance(model, str | Path):
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+        model = load_model(model)
+    length = max_length if max_length is not None else default_length(model)
+    chunk = min(chunk, length)
+    report = CompileReport()
+    with report.stage("capture"):
+        forward = capture(model, max_length=length)
+    with report.stage("passes"):
+        step = step_pipeline(passes, disable).run(forward, require=require)
+        prefill = prefill_pipeline().run(step)
+    notices = report.notices
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "cpu" and backend == "native":
+        notices.append(f"the native backend is for CPUs; the step runs node by node on {device}")
+        backend = "eager"
+    capacity = cache_capacity(length, chunk)
+    run_step, run_prefill = runner(step, backend, capacity, report), runner(prefill, backend, capacity, report)
+    if check != "off":
+        with report.stage("check"):
+            report.modes = check_step(forward, step, run_step, length=CHECK_LENGTH[check], capacity=capacity)
+    facts: dict[str, Any] = forward.facts["capture"]  # type: ignore[assignment]
+    return CompiledDecoder(
+        {"step": step, "prefill": prefill},
+        report,
+        decode=run_step,
+        many=run_step,
+        prefill=run_prefill,
+        max_length=length,
+        chunk=chunk,
+        capacity=capacity,
+        max_batch=max_batch,
+        vocab_size=int(facts["vocab_size"]),
+        eos=eos if eos is not None else model_eos(model),
+        device=device,
+        tokenizer=tokenizer,
+    )
+
+
+def runner(program: Program, backend: Backend, capacity: int, report: CompileReport) -> Callable[..., Any]:
+    """What runs a program: its compiled form, or its graph node by node."""
+    if backend == "eager":
+        return program.run
+    sizes = {"tokens": (1, 1), "positions": (1, 1), "lengths": (1,), "last": (1,)}
+    examples = [torch.zeros(sizes[name], dtype=torch.int64) for name in program.inputs]
+    examples += [torch.empty(spec.sizes(1, capacity), dtype=spec.dtype, device="meta") for spec in program.states]
+    with report.stage("codegen"):
+        compiled: CompiledStep = compile_program(program.module, examples, options=Options())
+    report.compiled[program.name] = compiled.report
+    return compiled
+
+
+def default_length(model: nn.Module) -> int:
+    """The longest sequence of a model by its own configuration, at most 4096. Raises InputError when it has none."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        raise InputError(
+            "max_length is not given and the model's configuration does not tell", remedy="Pass max_length=."
+        )
+    return min(limit, 4096)
+
+
+def model_eos(model: nn.Module) -> int | Sequence[int] | None:
+    """The end-of-sequence ids of a transformers model, None for others."""
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return eos  # type: ignore[no-any-return]
+    return None
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a model directory, or None when it has none."""
+    if not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, local_files_only=True)
+
+
+__all__ = ["Mode", "compile"]

@@ -1,0 +1,83 @@
+"""A decoder together with the programs it runs and what compiling it did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from accelc.codegen import Report
+from accelc.ir import Program
+from accelc.passes.check_step import Mode
+from accelc.passes.manager import report as passes_table
+from accelc.runtime import Decoder
+
+
+@dataclass
+class CompileReport:
+    """What `accelc.compile` did: seconds by stage, errors of the check, code generation by program, notices."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    modes: tuple[Mode, ...] = ()
+    compiled: dict[str, Report] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+class CompiledDecoder(Decoder):
+    """A `Decoder` with its ``programs`` (step, prefill) and ``report``; print it, or `show()` it in a terminal."""
+
+    def __init__(self, programs: dict[str, Program], report: CompileReport, **options: Any) -> None:
+        super().__init__(states=programs["step"].states, **options)
+        self.programs = programs
+        self.report = report
+
+    def renderable(self) -> Group:
+        """The report as tables for rich: passes, caches, check, seconds."""
+        step = self.programs["step"]
+        caches = Table(
+            title=f"caches: {sum(s.bytes_per_token() for s in step.states)} bytes a token", title_justify="left"
+        )
+        for column in ("state", "cached value", "shape", "dtype", "bytes a token"):
+            caches.add_column(column)
+        for spec in step.states:
+            shape = ", ".join(map(str, spec.shape))
+            caches.add_row(
+                spec.name, spec.origin, f"[{shape}]".replace("[", r"\["), str(spec.dtype), str(spec.bytes_per_token())
+            )
+        times = Table(title="seconds", title_justify="left")
+        for name in self.report.seconds:
+            times.add_column(name, justify="right")
+        times.add_row(*(f"{s:.2f}" for s in self.report.seconds.values()))
+        lines = [f"check: {mode} of the logits' spread" for mode in self.report.modes]
+        lines += [f"notice: {text}" for text in self.report.notices]
+        for report in self.report.compiled.values():
+            lines += [f"notice: {text}" for text in report.notices]
+        return Group(passes_table(step), caches, times, *lines)
+
+    def show(self) -> None:
+        """Print the report."""
+        Console().print(self.renderable())
+
+    def __str__(self) -> str:
+        console = Console(width=140, record=True, file=None, no_color=True)
+        with console.capture() as captured:
+            console.print(self.renderable())
+        return captured.get()
