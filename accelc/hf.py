@@ -16,7 +16,7 @@ from torch import Tensor
 
 import accelc
 from accelc.ir.errors import DTypeError, EmptyPromptError, GenerationModeError, NonFiniteLogitsError
-from accelc.runtime import Decoder
+from accelc.runtime import Decoder, Session
 from accelc.runtime.stream import TokenStreamer, call_streamer
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class CustomGenerate:
             return self._loop(session, input_ids, logits_processor, stopping_criteria, generation_config)
 
     def _loop(
-        self, session: Any, ids: Tensor, processor: Any, criteria: Any, config: GenerationConfig
+        self, session: Session, ids: Tensor, processor: Any, criteria: Any, config: GenerationConfig
     ) -> Tensor | GenerateDecoderOnlyOutput:
         pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         pad = config._pad_token_tensor
@@ -90,7 +90,9 @@ class CustomGenerate:
         self._stream("put", ids.cpu())
         while True:
             fresh = logits.to(device=ids.device, dtype=torch.float32, copy=True)  # [B, V]
-            shaped = processor(ids, fresh) if processor else fresh
+            if not fresh.amax(-1).isfinite().all():
+                raise NonFiniteLogitsError("the model's logits are not finite", where=f"length {ids.shape[1]}")
+            shaped = processor(ids, fresh.clone()) if processor else fresh
             scores = scores if scores is None else (*scores, shaped)
             raw = raw if raw is None else (*raw, fresh)
             tokens = pick(shaped, bool(config.do_sample))
@@ -103,7 +105,9 @@ class CustomGenerate:
             self._stream("put", tokens.cpu())
             if not unfinished.any():
                 break
-            logits = session.step(feed)[:, 0]
+            # Unchecked: the tokens come from the logits, and max_length is among the criteria.
+            with session.alone():
+                logits = session.decode(feed)
         self._stream("end")
         if not as_object:
             return ids

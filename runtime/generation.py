@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -91,7 +91,7 @@ class Generation:
     prefill_seconds: float = 0.0
     first_token_seconds: float = 0.0
 
-    def run(self) -> Iterator[list[Row]]:
+    def run(self) -> Generator[list[Row], None, None]:
         """Yield, after each token, the rows that took one. The caller holds the lock and inference mode."""
         session, active = self.session, self.rows
         begun = perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from accelc.ir.errors import (
     TokenRangeError,
 )
 
-Prompt = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
+Prompt: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
 """[T] or [B, T] integer tensor, a list of ids, or a list of prompts (lists or [T] tensors) of different lengths."""
 
 ID_DTYPES = (torch.int64, torch.int32)
@@ -87,7 +88,7 @@ def _row(item: object, index: int) -> Tensor:
             raise RankError("lists nested more than two deep", where=where)
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise DTypeError(f"token id {value!r} is {type(value).__name__}", where=where)
-        if not -(2**63) <= value < 2**63:
+        if not -(2**63) <= int(value) < 2**63:
             raise TokenRangeError(f"token id {value} does not fit 64 bits", where=where)
     return torch.tensor([int(value) for value in item], dtype=torch.int64)
 

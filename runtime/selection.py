@@ -14,6 +14,7 @@ from torch import Tensor
 
 from accelc.ir.errors import SamplingError
 from accelc.runtime.sampling import (
+    CANDIDATES,
     SamplingParams,
     apply_temperature,
     draw,
@@ -72,6 +73,8 @@ class Sampler:
         self._greedy = torch.tensor([p.greedy for p in params], device=device)
         self._temperature = torch.where(self._greedy, 1.0, column("temperature"))
         self._k, self._p, self._min = column("top_k", torch.int64), column("top_p"), column("min_p")
+        # Of a row cut to its k best, the k best reach any p.
+        self._candidates = max((min(p.top_k or CANDIDATES, CANDIDATES) for p in params if p.top_p < 1), default=1)
         self._penalty = column("repetition_penalty")
         self._seen = torch.zeros(like.shape, dtype=torch.bool, device=device)
         for row, prompt in enumerate(prompts):
@@ -102,7 +105,7 @@ class Sampler:
         if self._cuts_k:
             scores = keep_top_k(scores, self._k)
         if self._cuts_p:
-            scores = keep_top_p(scores, self._p)
+            scores = keep_top_p(scores, self._p, self._candidates)
         return keep_min_p(scores, self._min) if self._cuts_min else scores
 
     def _next_uniform(self) -> Tensor:

@@ -53,10 +53,18 @@ class Session:
             # Flat views of the two, and 1 for each row that still generates: what the hot loop writes.
             self._token_row, self._position_row = self._tokens.view(batch), self._positions.view(batch)
             self._advance = torch.ones(batch, dtype=torch.int64, device=device)
-        self.logits: Tensor | None = None
+        self.logits: Tensor = torch.empty(0)
         """[B, V]: the logits after the last token of each row, as of the last `extend` (for `start`: the prompts)."""
 
-    # -- the hot path: no checks, no lock, inference mode is the caller's ------------------------------------------
+    # -- the hot path: no checks; the caller is inside `alone` -----------------------------------------------------
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other call of the decoder runs meanwhile; inference mode. Raises `SessionClosedError`."""
+        with self._lock, torch.inference_mode():
+            if self._lease is None:
+                raise SessionClosedError("the session is closed")
+            yield
 
     def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
         """Append one prompt per row (int64 [T] CPU tensors, checked) in chunks; [B, V] logits after each row's last."""
@@ -191,9 +199,7 @@ class Session:
     @contextmanager
     def _transaction(self, counts: Sequence[int] | None = None) -> Iterator[None]:
         """Alone on the decoder, in inference mode, with room for ``counts`` more tokens; whatever raises is undone."""
-        with self._lock, torch.inference_mode():
-            if self._lease is None:
-                raise SessionClosedError("the session is closed")
+        with self.alone():
             if counts is not None:
                 self._check_room(counts)
             before = self.lengths.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class TokenStreamer(Protocol):
     def end(self) -> None: ...
 
 
-Streamer = TokenStreamer | Callable[[TokenEvent], object]
+Streamer: TypeAlias = TokenStreamer | Callable[[TokenEvent], object]
 """A transformers streamer, or a function that is called with every event."""
 
 
