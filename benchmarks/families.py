@@ -36,8 +36,9 @@ class _Running:
 def main(
     only: Annotated[str, typer.Option(help="Comma-separated model types; all when empty.")] = "",
     jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 2,
-    timeout: Annotated[float, typer.Option(help="Seconds a type may take.")] = 180.0,
+    timeout: Annotated[float, typer.Option(help="Seconds a type may take.")] = 600.0,
     derive: Annotated[bool, typer.Option(help="Compile and check; off: stop after export.")] = True,
+    resume: Annotated[bool, typer.Option(help="Keep the rows that the JSON file has, and try the others.")] = False,
     results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "build" / "families.json",
     table: Annotated[Path, typer.Option(help="Where the table of a whole sweep goes.")] = ROOT / "docs" / "families.md",
 ) -> None:
@@ -49,16 +50,17 @@ def main(
         raise typer.BadParameter(f"not registered: {', '.join(unknown)}", param_hint="--only")
     console = Console()
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows = []
+    rows = [row for row in _load(results) if row.model_type in chosen] if resume else []
+    done = {row.model_type for row in rows}
+    chosen = [name for name in chosen if name not in done]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=len(chosen))
         for row in sweep(chosen, jobs=jobs, timeout=timeout, derive=derive):
             rows.append(row)
+            rows.sort(key=lambda row: row.model_type)
+            _save(rows, results)  # after every row: a sweep takes long, and may be interrupted and resumed
             progress.console.print(f"{row.model_type:28} {verdict(row):26} {row.seconds:6.1f} s", highlight=False)
             progress.update(task, advance=1, description=row.model_type)
-    rows.sort(key=lambda row: row.model_type)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     console.print(summary(rows))
     if only:
         for row in rows:
@@ -68,6 +70,15 @@ def main(
         console.print(f"wrote {results} and {table}")
     if any(row.outcome == "silently wrong" for row in rows):
         raise typer.Exit(1)
+
+
+def _save(rows: list[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def _load(path: Path) -> list[Row]:
+    return [Row(**fields) for fields in json.loads(path.read_text())] if path.is_file() else []
 
 
 def sweep(types: list[str], *, jobs: int, timeout: float, derive: bool) -> Iterator[Row]:
