@@ -1,0 +1,71 @@
+"""What outlives a process: hits in a second one, damage repaired, a missing compiler named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accelc.codegen.cache import cached
+
+PROGRAM = """
+import json, sys, warnings
+import torch
+from torch import fx
+from accelc.codegen import compile_program
+graph = fx.Graph()
+x, y = graph.placeholder("x"), graph.placeholder("y")
+cumulative = graph.call_function(torch.ops.aten.cumsum.default, (x, 1))
+graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (cumulative, y)),))
+inputs = [torch.arange(6.0).reshape(2, 3), torch.full((2, 3), 2.0)]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    step = compile_program(fx.GraphModule(torch.nn.Module(), graph), inputs)
+ours = [str(w.message) for w in caught if str(w.message).startswith("accelc")]
+print(json.dumps([step.report.cache_hits, step.report.cache_misses, step(*inputs)[0].tolist(), ours]))
+"""
+EXPECTED = [[0.0, 2.0, 6.0], [6.0, 14.0, 24.0]]
+
+
+def run(cache: Path, **environment: str) -> list:
+    env = {**os.environ, "ACCELC_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"), **environment}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_second_process_builds_nothing_and_damage_is_repaired(tmp_path: Path) -> None:
+    assert run(tmp_path) == [0, 2, EXPECTED, []]  # the kernels and one region
+    assert run(tmp_path) == [2, 0, EXPECTED, []]
+    (kernels,) = (tmp_path / "kernels").iterdir()
+    (region,) = (tmp_path / "regions").iterdir()
+    kernels.write_bytes(b"not a library")
+    region.write_bytes(b"not an artifact")
+    hits, misses, result, notices = run(tmp_path)
+    assert (hits, misses, result) == (0, 2, EXPECTED)
+    assert len(notices) == 2
+    assert all("rebuilding" in notice for notice in notices)
+    assert run(tmp_path) == [2, 0, EXPECTED, []]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_missing_compiler_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"ToolchainError: (.|\n)*remedy: Install g\+\+"):
+        run(tmp_path, CXX="no-such-compiler", PATH="")
+
+
+def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def build(path: Path) -> None:
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "entry", build, Path.read_text)
+    assert not list(tmp_path.iterdir())
+    assert cached(tmp_path / "entry", lambda p: p.write_text("whole") and None, Path.read_text) == ("whole", False)
+    assert cached(tmp_path / "entry", build, Path.read_text) == ("whole", True)
