@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from accelc.passes import Pass, Pipeline
+from accelc.passes.absorb_projections import AbsorbProjections
 from accelc.passes.derive_step import DeriveStep
 from accelc.passes.last_logits import LastLogits
 from accelc.passes.normalise import Normalise
@@ -20,6 +21,7 @@ def step_pipeline(extra: Sequence[Pass] = (), disabled: Collection[str] = (), *,
             Normalise(),
             RaiseAttention(),
             RaiseNorms(),
+            AbsorbProjections(),
             DeriveStep(tree=tree),
             RecogniseMasks(),
             *extra,

@@ -319,6 +319,19 @@ def _cat(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return Call(aten.cat.default, ([aligned(analysis, p, roles) for p in parts], dim), broadcast=True)
 
 
+@rule(aten.slice_scatter, aten.select_scatter)
+def _scatter_part(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    source, part, dim = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else 0
+    rank = len(roles)
+    if analysis.sizes(source)[dim].has_time and analysis.sizes(part) != analysis.sizes(node):
+        raise analysis.refuse(node, "writes to a part of the sequence")
+    inputs = list(roles)
+    if node.target.overloadpacket is aten.select_scatter:
+        del inputs[negative(dim, rank)]
+    tensors = {0: Want(source, roles), 1: Want(part, tuple(inputs)), 2: negative(dim, rank)}
+    return rebuilt(analysis, node, tensors, broadcast=True)
+
+
 @rule(aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.tensor_split)
 def _split(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     source = node.args[0]
@@ -385,6 +398,8 @@ def _repeat(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
             factors.append(Dim(size, roles[d]))
         elif old.is_const and size.is_const:
             factors.append(size.const // old.const)
+        elif old == Size(rows=old.rows) and size.rows % (old.rows or 1) == 0 and size == Size(rows=size.rows):
+            factors.append(size.rows // old.rows)  # merged rows copied, once for each expert
         else:
             raise analysis.refuse(node, "repeats along the sequence")
     inputs = tuple(r if s.has_time else None for s, r in zip(before, roles[pad:], strict=True))
