@@ -1,4 +1,4 @@
-"""Einsums that mix tokens become permutations around one matrix product, so that they read like every other attention."""
+"""Einsums that mix tokens become permutations around one matrix product, so that they read like other attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layout of attention operands: from any layout back to [B, H, T, D], picking up what the model had before its own views."""
+"""Layout of attention operands: from any layout back to [B, H, T, D], as the model had it before its own views."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Size = int | torch.SymInt
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one attention stands: new nodes go before `anchor`; `batch`, `length` are sizes, and nodes that compute them."""
+    """Where one attention stands: new nodes go before `anchor`; B and T are known as sizes and as nodes."""
 
     builder: Builder
     anchor: fx.Node

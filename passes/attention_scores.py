@@ -1,7 +1,7 @@
 """Reading a score chain: from the argument of a softmax down to the product of queries and keys.
 
-Every rule below is an identity of softmax(softcap(scale * q k^T) + bias): what is not covered by one raises `NotAttention`
-with the reason, and the operations stay as they are.
+Every rule below is an identity of softmax(softcap(scale * q k^T) + bias): what is not covered by one raises
+`NotAttention` with the reason, and the operations stay as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class NotAttention(Exception):
 
 @dataclass(frozen=True)
 class Term:
-    """Something added to the scores (float, times `factor`), or a mask of what is visible (bool; inverted if `hides`)."""
+    """Something added to the scores (float, times `factor`), or a mask: True is visible, or hidden if `hides`."""
 
     node: fx.Node
     level: fx.Node

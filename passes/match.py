@@ -1,4 +1,4 @@
-"""Matching and rewriting on normalised graphs: reading calls and numbers, looking through casts, emitting typed nodes."""
+"""Matching and rewriting on normalised graphs: reading calls and numbers, looking through casts, emitting nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from accelc.ir.program import fetch
 
 aten = torch.ops.aten
 
-CASTS = (aten._to_copy, aten.to, aten.type_as, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy)
+CASTS = (
+    aten._to_copy,
+    aten.to,
+    aten.type_as,
+    aten.clone,
+    aten.contiguous,
+    aten.alias,
+    aten.detach,
+    aten.lift_fresh_copy,
+)
 FILLED = {aten.full: 1, aten.scalar_tensor: 0}
 """Operations that make a constant tensor, and the position of its value."""
 SHAPE_ONLY = frozenset(
@@ -88,7 +97,7 @@ def number(value: object) -> float | None:
 
 
 def before_casts(value: object) -> object:
-    """What `value` was before conversions between floating-point types (and copies), which change it by rounding only."""
+    """What `value` was before conversions between floating-point types, which change it by rounding alone, or copies."""
     while is_cast(value):
         value = value.args[0]
     return value
@@ -134,7 +143,7 @@ def dependents(source: fx.Node) -> set[fx.Node]:
 class Builder:
     """Emits calls with ``meta``: the value is computed under the graph's fake mode, the origin is that of `anchor`.
 
-    Equal calls are emitted once while the first one still stands before the place of the second, so that what all layers
+    Equal calls are emitted once while the first one stands before the place of the second, so that what all layers
     share (a mask, a rotary table) stays shared.
     """
 
@@ -149,7 +158,7 @@ class Builder:
         after: fx.Node | None = None,
         **options: object,
     ) -> fx.Node:
-        """A call of `target` with `args` and the keyword arguments `options`, right after `after` or else before `anchor`."""
+        """A call with `args` and the keyword arguments `options`, right after `after` or else before `anchor`."""
         key = (target, _frozen(args), _frozen(sorted(options.items())))
         known = self._emitted.get(key)
         if known is not None and known < anchor:

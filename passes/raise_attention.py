@@ -43,19 +43,21 @@ class RaiseAttention(Pass):
     """Attention of the tokens to each other becomes one `accelc::full_attention`, however it is spelled.
 
     * `aten.scaled_dot_product_attention`, with its mask, scale, causality and grouped heads;
-    * matmul, softmax, matmul: scale on the queries, the keys or the scores, by product or quotient; soft-capping; biases and
-      masks by add, sub, masked_fill, where or baddbmm; conversions of dtype; subtraction of the row maximum; attention
-      sinks as a column that is appended and sliced off; batch and heads merged, apart, or as [B, Hk, G]; einsum.
+    * matmul, softmax, matmul: scale on the queries, the keys or the scores, by product or quotient; soft-capping;
+      biases and masks by add, sub, masked_fill, where or baddbmm; conversions of dtype; subtraction of the row maximum;
+      attention sinks as a column that is appended and sliced off; batch and heads merged, apart, or as [B, Hk, G];
+      einsum.
 
-    Queries, keys and values are picked up as they were before the model transposed, merged or repeated them, so the result
-    reads keys [B, Hk, T, D] with the heads that are different (also where norms or rotary embedding came after repeating). Masks alone stay bool; beside float biases they become -inf.
+    Queries, keys and values are picked up as they were before the model transposed, merged or repeated them, so the
+    result reads keys [B, Hk, T, D] with the heads that are different (also where a norm or rotary embedding came after
+    repeating). Masks alone stay bool; beside float biases they become -inf.
 
-    Matches are the attentions raised. Attention over another dim of the scores, over other keys than the tokens, or with an
-    operation on the scores that is not covered stays as it is, and a note says why.
+    Matches are the attentions raised. Attention over another dim of the scores, over other keys than the tokens, or
+    with an operation on the scores that is not covered stays as it is, and a note says why.
 
-    Exact up to rounding: the arithmetic is fp32 throughout. A row that sees nothing gives zeros where its mask is bool or
-    -inf (as fused kernels do); softmax over scores filled with the least finite number would be uniform there, but no row
-    of a causal model sees nothing: each sees itself.
+    Exact up to rounding: the arithmetic is fp32 throughout. A row that sees nothing gives zeros where its mask is bool
+    or -inf (as fused kernels do), where softmax over scores filled with the least finite number would be uniform: that
+    happens to rows of padding only, in a causal model each token sees itself.
     """
 
     name = "raise_attention"
@@ -69,7 +71,7 @@ class RaiseAttention(Pass):
         tokens = program.placeholders()[0]
         value = tensor(tokens)
         if value is None or value.dim() != 2 or not all(isinstance(s, torch.SymInt) for s in value.shape):
-            return PassResult(program, 0, (f"{tokens.name} is not [B, T] with both sizes dynamic: no attention looked for",))
+            return PassResult(program, 0, (f"nothing looked for: {tokens.name} is not [B, T] with dynamic sizes",))
         einsums_to_products(program.graph, value.shape[1])
         rewriter = _Rewriter(program.graph, tokens)
         matches, notes = 0, []
@@ -123,7 +125,9 @@ class _Rewriter:
 
     def _raise_fused(self, node: fx.Node) -> int:
         query, key, value, mask = (argument(node, n) for n in ("query", "key", "value", "attn_mask"))
-        assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+        assert isinstance(query, fx.Node)
+        assert isinstance(key, fx.Node)
+        assert isinstance(value, fx.Node)
         if number(argument(node, "dropout_p")) != 0:
             raise NotAttention("it drops out probabilities")
         if not same(shape(query)[-2], self.length) or not self.dependent.issuperset((query, key)):

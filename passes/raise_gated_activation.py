@@ -1,4 +1,4 @@
-"""Raise gated activations: activation(gate) * up becomes `accelc::gated_activation`; hand-written activations are named."""
+"""Raise gated activations: activation(gate) * up becomes `accelc::gated_activation`; spelled-out ones are named."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class RaiseGatedActivation(Pass):
     """activation(gate) * up, both of one shape, becomes one `accelc::gated_activation`.
 
     * the activations of the dialect, silu, gelu, gelu_tanh, relu and sigmoid, with conversions of dtype around them;
-    * activations spelled out by arithmetic are named first, whether a gate follows or not: gelu by erf, gelu by tanh (in
-      any arrangement of its polynomial), silu as x * sigmoid(x).
+    * activations spelled out by arithmetic are named first, whether a gate follows or not: gelu by erf, gelu by tanh
+      (in any arrangement of its polynomial), silu as x * sigmoid(x).
 
-    A factor that broadcasts (the gate of a whole expert or head) is no gated activation, nor is x * activation(x) squared
-    or a sigmoid with another slope. Matches are gates raised and activations named; the notes tell how many of each.
-    Exact up to rounding: a 16-bit model rounds between the operations that become one.
+    A factor that broadcasts (the gate of a whole expert or head) is no gated activation, nor is an activation times its
+    own argument (x * sigmoid(1.702 * x)). Matches are gates raised and activations named; the notes tell how many of
+    each. Exact up to rounding: a 16-bit model rounds between the operations that become one.
     """
 
     name = "raise_gated_activation"
@@ -81,7 +81,7 @@ class RaiseGatedActivation(Pass):
         return PassResult(program, gates + sum(named.values()), tuple(notes))
 
 
-# -- spelled-out activations -------------------------------------------------------------------------------------------
+# -- spelled-out activations -----------------------------------------------------------------------------------------
 
 
 def _name(builder: Builder, node: fx.Node, spelling: Spelling) -> bool:
@@ -97,7 +97,7 @@ def _name(builder: Builder, node: fx.Node, spelling: Spelling) -> bool:
     return False
 
 
-# -- gates ---------------------------------------------------------------------------------------------------------------
+# -- gates -----------------------------------------------------------------------------------------------------------
 
 
 def _raise_gate(builder: Builder, node: fx.Node) -> bool:
@@ -109,7 +109,7 @@ def _raise_gate(builder: Builder, node: fx.Node) -> bool:
         if found is None or tensor(up) is None or up is activation:
             continue
         gate, kind = found
-        if before_casts(up) is before_casts(gate) or not same(shape(up), shape(gate)):  # type: ignore[arg-type]
+        if before_casts(up) in arithmetic_inputs(gate) or not same(shape(up), shape(gate)):  # type: ignore[arg-type]
             continue
         if not up.meta["val"].is_floating_point():  # type: ignore[union-attr]
             continue

@@ -1,4 +1,4 @@
-"""Raise norms: spelled-out root-mean-square norms become `accelc::rms_norm`, spelled-out layer norms `aten.layer_norm`."""
+"""Raise norms: spelled-out norms become `accelc::rms_norm` and `aten.layer_norm`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from accelc.passes.registry import register_pass
 class RaiseNorms(Pass):
     """Norms over the last dim become one operation, however they are spelled.
 
-    * RMS norm: x * rsqrt(mean(x^2) + eps), x / sqrt(...), pow(..., -0.5), `aten.rms_norm`; the square as pow or product;
-      then, where they follow, a conversion of dtype and one weight [D], plain or as (weight + number).
-    * layer norm: the same around x - mean(x), the variance as mean of squares or `var` without correction; then a weight
-      [D] and a bias [D].
+    * RMS norm: x * rsqrt(mean(x^2) + eps), x / sqrt(...), pow(..., -0.5), `aten.rms_norm`; the square as pow or
+      product; then, where they follow, a conversion of dtype and one weight [D], plain or as (weight + number).
+    * layer norm: the same around x - mean(x), the variance as mean of squares or `var` without correction; then a
+      weight [D] and a bias [D].
 
     What else is multiplied afterwards (a gate, a weight for each head) stays. Matches are the norms raised.
 
-    Exact up to rounding: the result is computed in fp32 and rounded once, where a 16-bit model may have rounded before it
-    multiplied the weight (as Llama does), or computed in 16 bits throughout.
+    Exact up to rounding: the result is computed in fp32 and rounded once, where a 16-bit model may have rounded before
+    it multiplied the weight (as Llama does), or computed in 16 bits throughout.
     """
 
     name = "raise_norms"
@@ -105,7 +105,7 @@ def _root(node: object) -> object:
 
 
 def _mean_square(node: object) -> tuple[fx.Node, float] | None:
-    """(x, eps) when `node` is mean(x^2) + eps over the last dim, kept; x is a `var` node when that is the mean square."""
+    """(x, eps) when `node` is mean(x^2) + eps over the last dim, kept; (v, eps) for a variance v instead of the mean."""
     node = before_casts(node)
     if not is_call(node, aten.add):
         return None
@@ -185,7 +185,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _absorb(node: fx.Node, packet: object) -> tuple[fx.Node, fx.Node | None]:
-    """The result after conversions and one `packet` with a vector [D], and that vector; (after conversions, None) else."""
+    """What follows `node`: conversions, then one `packet` with a vector [D], and that vector; None without one."""
     while is_cast(user := _only_user(node)):
         node = user
     if is_call(user, packet) and number(argument(user, "alpha") if packet is aten.add else 1) == 1:

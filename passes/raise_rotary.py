@@ -22,14 +22,14 @@ END = 1 << 62
 class RaiseRotary(Pass):
     """Rotary embedding of the whole last dim of a tensor becomes one `accelc::rotary`. Four spellings are known:
 
-    * x * cos + rotate(x) * sin with full-width tables, rotate as cat((-b, a)) of halves or stack((-b, a)) of neighbours;
-    * cat or stack of (a * cos - b * sin, b * cos + a * sin) with half-width tables, which are then widened (once for all
-      that share them); a and b the halves, or the even and odd elements;
+    * x * cos + rotate(x) * sin with full-width tables; rotate is cat((-b, a)) of halves or stack((-b, a)) of neighbours;
+    * cat or stack of (a * cos - b * sin, b * cos + a * sin) with half-width tables, which are then widened (once for
+      all that share them); a and b the halves, or the even and odd elements;
     * even and odd elements in, halves out (DeepSeek): the elements are put into halves first;
     * a product of complex numbers (Llama 4), the table split into its real and imaginary part.
 
-    Partial rotary matches on the slice that is rotated; the concatenation with what passes through stays. Matches are the
-    tensors rotated. Anything else that multiplies by tables of cosines stays as it is.
+    Partial rotary matches on the slice that is rotated; the concatenation with what passes through stays. Matches are
+    the tensors rotated. Anything else that multiplies by tables of cosines stays as it is.
     """
 
     name = "raise_rotary"
@@ -56,7 +56,7 @@ def _rotary(builder: Builder, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.N
     return builder.emit(node, torch.ops.accelc.rotary.default, x, cos, sin, interleaved)
 
 
-# -- parts of the last dim ---------------------------------------------------------------------------------------------
+# -- parts of the last dim -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _part(node: object) -> Part | None:
 
 
 def _pair_element(node: fx.Node) -> Part | None:
-    """x.reshape(..., R / 2, 2)[..., i] is the even or odd elements of x, x.reshape(..., 2, R / 2)[..., i, :] its halves."""
+    """x.reshape(..., R / 2, 2)[..., i] is every other element of x, x.reshape(..., 2, R / 2)[..., i, :] a half."""
     pairs, dim, index = node.args
     if not is_call(pairs, aten.reshape) or index not in (0, 1):
         return None
@@ -125,7 +125,7 @@ def _joined(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     return (first, second, back == 1) if back in (1, 2) else None
 
 
-# -- x * cos + rotate(x) * sin -----------------------------------------------------------------------------------------
+# -- x * cos + rotate(x) * sin ---------------------------------------------------------------------------------------
 
 
 def _from_rotated(builder: Builder, node: fx.Node) -> fx.Node | None:
@@ -173,7 +173,7 @@ def _are_tables(x: fx.Node, cos: object, sin: object, *, full: bool) -> bool:
     return True
 
 
-# -- (a * cos - b * sin, b * cos + a * sin) ------------------------------------------------------------------------------
+# -- (a * cos - b * sin, b * cos + a * sin) --------------------------------------------------------------------------
 
 
 def _from_parts(builder: Builder, node: fx.Node) -> fx.Node | None:
@@ -210,17 +210,18 @@ def _widened(
         if interleaved:
             return None  # halves in, neighbours out: not met in any model
         x = builder.emit(node, aten.cat.default, [a, b], -1)
-    return _rotary(builder, node, x, _wide(builder, cos, interleaved), _wide(builder, sin, interleaved), interleaved)
+    wide_cos, wide_sin = (_wide(builder, node, table, interleaved) for table in (cos, sin))
+    return _rotary(builder, node, x, wide_cos, wide_sin, interleaved)
 
 
-def _wide(builder: Builder, table: fx.Node, interleaved: bool) -> fx.Node:
-    """[..., R / 2] -> [..., R]: each element for both of the pair that it turns."""
+def _wide(builder: Builder, node: fx.Node, table: fx.Node, interleaved: bool) -> fx.Node:
+    """[..., R / 2] -> [..., R]: each element for both of the pair that it turns; placed for all users of the table."""
     if interleaved:
-        return builder.emit(table.next, aten.repeat_interleave.self_int, table, 2, -1, after=table)
-    return builder.emit(table.next, aten.cat.default, [table, table], -1, after=table)
+        return builder.emit(node, aten.repeat_interleave.self_int, table, 2, -1, after=table)
+    return builder.emit(node, aten.cat.default, [table, table], -1, after=table)
 
 
-# -- complex products ----------------------------------------------------------------------------------------------------
+# -- complex products ------------------------------------------------------------------------------------------------
 
 
 def _from_complex(builder: Builder, node: fx.Node) -> fx.Node | None:
@@ -238,10 +239,10 @@ def _from_complex(builder: Builder, node: fx.Node) -> fx.Node | None:
             continue
         if not table.meta["val"].is_complex() or not same(shape(table)[-1], shape(pairs)[-2]):  # type: ignore[union-attr,arg-type]
             continue
-        parts = builder.emit(table.next, aten.view_as_real.default, table, after=table)  # type: ignore[union-attr,arg-type]
+        parts = builder.emit(node, aten.view_as_real.default, table, after=table)  # type: ignore[arg-type]
         tables = []
         for index in (0, 1):
-            half = builder.emit(parts.next, aten.select.int, parts, -1, index, after=parts)
-            tables.append(_wide(builder, half, interleaved=True))
+            half = builder.emit(node, aten.select.int, parts, -1, index, after=parts)
+            tables.append(_wide(builder, node, half, interleaved=True))
         return _rotary(builder, node, x, *tables, True)  # type: ignore[arg-type]
     return None

@@ -1,4 +1,4 @@
-"""What the tests of the raise passes share: small programs around a token mixer, counts, and comparison before and after."""
+"""What the tests of the raise passes share: small programs, counts of calls, comparison before and after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ WIDTH = 16
 
 
 class Around(nn.Module):
-    """ids [B, T] -> an embedding [B, T, WIDTH] -> `body` -> logits [B, T, ...]; `body` may own parameters."""
+    """ids [B, T] -> an embedding [B, T, WIDTH] -> `body`, which may own parameters -> logits.
+
+    The body returns [B, T, ...], or [B, H, T, D] which becomes [B, T, H * D].
+    """
 
     def __init__(self, body: nn.Module | Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -26,7 +29,8 @@ class Around(nn.Module):
         self.body = body
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.body(self.embedding(ids))
+        y = self.body(self.embedding(ids))
+        return y if y.dim() == 3 else y.transpose(1, 2).flatten(-2)
 
 
 def normalised(model: nn.Module) -> Program:
