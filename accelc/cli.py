@@ -1,0 +1,127 @@
+"""The command line: `accelc generate`, `accelc doctor`, `accelc passes`, `accelc demo`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from accelc.demo import main as demo
+from accelc.ir.errors import AccelcError
+
+app = typer.Typer(
+    help="Turn the plain forward of a causal language model into a fast autoregressive decoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo)
+errors = Console(stderr=True, highlight=False)
+
+MODEL = Annotated[Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")]
+
+
+@app.command()
+def generate(
+    model: MODEL,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; '-' or nothing reads standard input.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence; default: the model's, up to 4096.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Run the step node by node instead of compiling it.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Print what compiling did, and statistics, to stderr.")] = False,
+) -> None:
+    """Continue a prompt with the model in a directory; the text streams to standard output."""
+    with _named_errors():
+        decoder, sampling = _prepare(
+            model, max_length, dtype, eager,
+            {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
+        )  # fmt: skip
+        if report:
+            errors.print(decoder.renderable())
+        text = sys.stdin.read() if prompt in (None, "-") else prompt
+        ids = decoder.tokenizer(text)["input_ids"]
+        with decoder.stream(
+            ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_strings=tuple(stop or ())
+        ) as stream:
+            for event in stream:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            if report:
+                errors.print(str(stream.result().statistics))
+
+
+@app.command()
+def doctor() -> None:
+    """Check what this machine can do: versions, C++ compiler, kernels, and a tiny model compiled and compared."""
+    from accelc.doctor import diagnose
+
+    if not diagnose(Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def passes() -> None:
+    """List the passes that are installed, with what they promise."""
+    from rich.table import Table
+
+    from accelc.passes.registry import find_pass, known_passes
+
+    table = Table("pass", "guarantee", "what it does")
+    for name in known_passes():
+        cls = find_pass(name)
+        exactness = cls.exactness if not isinstance(cls.exactness, property) else "depends on its options"
+        table.add_row(name, str(exactness), (cls.__doc__ or "").strip().splitlines()[0])
+    Console().print(table)
+
+
+def _prepare(model: Path, max_length: int | None, dtype: str | None, eager: bool, options: dict[str, Any]) -> tuple[Any, Any]:
+    import torch
+
+    import accelc
+    from accelc.capture import load_model
+    from accelc.compiler import load_tokenizer
+    from accelc.ir.errors import InputError
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
+    if dtype not in dtypes:
+        raise InputError(f"dtype is {dtype!r}", remedy="Use float32, bfloat16 or float16.")
+    sampling = accelc.SamplingParams(**options)
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None and (model / "config.json").is_file():
+        raise InputError(f"no tokenizer in {model}", remedy="Save one beside the model: tokenizer.save_pretrained(directory).")
+    loaded = load_model(model, dtype=dtypes[dtype])
+    with errors.status("compiling ..."):
+        decoder = accelc.compile(
+            loaded, max_length=max_length, tokenizer=tokenizer, backend="eager" if eager else "native"
+        )
+    return decoder, sampling
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Our own errors end the command with their text, not with a traceback."""
+    try:
+        yield
+    except AccelcError as error:
+        errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
+        errors.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
