@@ -49,7 +49,7 @@ class CustomGenerate:
 
     max_length: int | None
     streamer: TokenStreamer | None
-    options: dict[str, object]
+    options: dict[str, Any]
 
     @torch.no_grad()
     def __call__(
@@ -182,7 +182,7 @@ def unpad(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> l
 class Entry:
     """One compiled decoder, what it was compiled with, and the parameters it was compiled from."""
 
-    options: dict[str, object]
+    options: dict[str, Any]
     weights: tuple[object, ...]
     decoder: Decoder
 
@@ -197,7 +197,7 @@ class DecoderCache(list[Entry]):
         return DecoderCache, ()
 
 
-def compiled(model: PreTrainedModel, max_length: int, options: dict[str, object], *, exact: bool = False) -> Decoder:
+def compiled(model: PreTrainedModel, max_length: int, options: dict[str, Any], *, exact: bool = False) -> Decoder:
     """The model's decoder for at least ``max_length`` tokens, compiled unless one is kept; one is kept per options."""
     cache: DecoderCache = model.__dict__.setdefault("_accelc_decoders", DecoderCache())
     weights = tuple(fingerprint(parameter) for parameter in model.parameters())

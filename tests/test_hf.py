@@ -1,7 +1,7 @@
 """`custom_generate=accelc.hf.decode()` against transformers' own generate: the same tokens, padding, scores and draws.
 
-`accelc.compile` is replaced by a decoder that recomputes the whole text with the model itself: what is tested here is
-the loop and its dealings with transformers, not the compiled step.
+But for the last test `accelc.compile` is replaced by a decoder that recomputes the whole text with the model itself:
+what is tested here is the loop and its dealings with transformers, not the compiled step.
 """
 
 import copy
@@ -61,8 +61,7 @@ def compilations(monkeypatch):
     return asked
 
 
-@pytest.fixture
-def llama(compilations):
+def small_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -70,6 +69,11 @@ def llama(compilations):
         initializer_range=0.4,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def llama(compilations):
+    return small_llama()
 
 
 def prompt(batch=1, length=7):
@@ -324,3 +328,12 @@ def test_decoders_live_and_die_with_their_model(llama, compilations):
     del model
     gc.collect()
     assert decoder() is None
+
+
+def test_the_derived_step():
+    model, inputs = small_llama(), left_padded()
+    theirs = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    ours = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, custom_generate=hf.decode(backend="eager", check="off")
+    )
+    assert torch.equal(theirs, ours)
