@@ -97,7 +97,7 @@ def number(value: object) -> float | None:
 
 
 def before_casts(value: object) -> object:
-    """What `value` was before conversions between floating-point types, which change it by rounding alone, or copies."""
+    """What `value` was before conversions between floating-point types, which change it by rounding, or copies."""
     while is_cast(value):
         value = value.args[0]
     return value

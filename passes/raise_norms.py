@@ -105,7 +105,7 @@ def _root(node: object) -> object:
 
 
 def _mean_square(node: object) -> tuple[fx.Node, float] | None:
-    """(x, eps) when `node` is mean(x^2) + eps over the last dim, kept; (v, eps) for a variance v instead of the mean."""
+    """(x, eps) when `node` is mean(x^2) + eps over the last dim, kept; (v, eps) for a variance v instead."""
     node = before_casts(node)
     if not is_call(node, aten.add):
         return None

@@ -22,7 +22,7 @@ END = 1 << 62
 class RaiseRotary(Pass):
     """Rotary embedding of the whole last dim of a tensor becomes one `accelc::rotary`. Four spellings are known:
 
-    * x * cos + rotate(x) * sin with full-width tables; rotate is cat((-b, a)) of halves or stack((-b, a)) of neighbours;
+    * x * cos + rotate(x) * sin with full-width tables; rotate is cat((-b, a)) of halves, stack((-b, a)) of neighbours;
     * cat or stack of (a * cos - b * sin, b * cos + a * sin) with half-width tables, which are then widened (once for
       all that share them); a and b the halves, or the even and odd elements;
     * even and odd elements in, halves out (DeepSeek): the elements are put into halves first;
@@ -191,8 +191,12 @@ def _from_parts(builder: Builder, node: fx.Node) -> fx.Node | None:
     for plus in (second.args[:2], second.args[1::-1]):
         b_cos, a_sin = (set(term.args) for term in plus)  # type: ignore[union-attr]
         a, b, cos, sin = a_cos & a_sin, b_cos & b_sin, a_cos & b_cos, a_sin & b_sin
-        if all(len(one) == 1 for one in (a, b, cos, sin)):
-            return _widened(builder, node, a.pop(), b.pop(), cos.pop(), sin.pop(), interleaved)
+        if not all(len(one) == 1 for one in (a, b, cos, sin)):
+            continue
+        # The formula is symmetric in what turns and what it is turned by: _widened tells them apart.
+        rotated = _widened(builder, node, a.pop(), b.pop(), cos.pop(), sin.pop(), interleaved)
+        if rotated is not None:
+            return rotated
     return None
 
 
