@@ -48,6 +48,12 @@ class InvariantError(AccelcError):
     remedy = "This is a defect of the pass that ran last; run the pipeline with dump=DIRECTORY to see its input."
 
 
+class ProgramFormatError(AccelcError):
+    """A stored program is damaged, of another format, or does not fit the tensors it is given."""
+
+    remedy = "Derive the program again from its model."
+
+
 class DeriveError(AccelcError):
     """The cached step cannot be derived; names the node and the reason."""
 
