@@ -21,7 +21,9 @@ BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call beside the bandwidth around it: seconds, bytes that the call must read, bytes a second of the memory."""
+    """One timed call beside the bandwidth around it: seconds, bytes that the call must read, bytes a second of the
+    memory.
+    """
 
     seconds: float
     bytes: int
@@ -34,8 +36,8 @@ class Sample:
 
 
 class Bandwidth:
-    """Reads a buffer by plain vector loads on `threads` threads (0: torch's number). Keep one instance: filling the buffer
-    takes longer than reading it.
+    """Reads a buffer by plain vector loads on `threads` threads (0: torch's number). Keep one instance: filling the
+    buffer takes longer than reading it.
     """
 
     def __init__(self, size: int = BYTES, threads: int = 0) -> None:
@@ -53,7 +55,9 @@ class Bandwidth:
         return self._buffer.nbytes / best
 
     def sample(self, call: Callable[[], object], read_bytes: int, repeats: int = 3) -> Sample:
-        """Time `call` (best of `repeats`) between two readings; the higher reading counts, so a ratio is never flattered."""
+        """Time `call` (best of `repeats`) between two readings; the higher reading counts, so a ratio is never
+        flattered.
+        """
         before = self.read()
         best = float("inf")
         for _ in range(repeats):

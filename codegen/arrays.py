@@ -42,7 +42,9 @@ class Array:
     def expand(self, size: Sequence[int]) -> Array:
         """Broadcast to `size`, by zero strides."""
         lead = len(size) - self.ndim
-        stride = [0] * lead + [0 if have == 1 and want != 1 else s for have, want, s in zip(self.size, size[lead:], self.stride)]
+        stride = [0] * lead + [
+            0 if have == 1 and want != 1 else s for have, want, s in zip(self.size, size[lead:], self.stride)
+        ]
         return replace(self, size=tuple(size), stride=tuple(stride))
 
     def viewed(self, size: Sequence[int]) -> Array:
@@ -87,7 +89,9 @@ def merge(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def merge_together(arrays: Sequence[Array | None]) -> list[Array | None]:
-    """Arrays of one shape with the dims merged that merge in all of them: fewer, longer rows. Keeps at least one dim."""
+    """Arrays of one shape with the dims merged that merge in all of them: fewer, longer rows. Keeps at least one
+    dim.
+    """
     shape = next(a for a in arrays if a is not None).size
     keep: list[list[int]] = []  # groups of dims
     for d, n in enumerate(shape):

@@ -1,4 +1,6 @@
-"""Files that outlive the process: built once, named by the hash of what they are made from, shared between processes."""
+"""Files that outlive the process: built once, named by the hash of what they are made from, shared between
+processes.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def _cpu_flags() -> str:
 
 
 def cached(path: Path, build: Callable[[Path], None], load: Callable[[Path], T]) -> tuple[T, bool]:
-    """`load(path)`, after `build(temporary path)` where the file is missing or cannot be loaded; and whether it was a hit.
+    """`load(path)`, after `build(temporary path)` where the file is missing or cannot be loaded; and whether it was a
+    hit.
 
     Safe under concurrent processes: each builds into a name of its own and renames, the last one wins, all are equal.
     A file that `load` rejects (OSError or ValueError) is announced once, removed and rebuilt.

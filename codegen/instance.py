@@ -1,4 +1,6 @@
-"""A step at fixed sizes, ready to run: its plan with memory, the native stream, and torch views for what torch computes."""
+"""A step at fixed sizes, ready to run: its plan with memory, the native stream, and torch views for what torch
+computes.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ class Instance:
             tensors[base] = None
         return result  # type: ignore[return-value]
 
-    # -- stages: one closure each ------------------------------------------------------------------------------------------
+    # -- stages: one closure each ------------------------------------------------------------------------------------
 
     def _stage(self, stage: Native | Gemm | Call) -> Callable[[], None]:
         if isinstance(stage, Native):
@@ -78,7 +80,13 @@ class Instance:
         return self._gemm(stage) if isinstance(stage, Gemm) else self._call(stage)
 
     def _native(self, stage: Native) -> Callable[[], None]:
-        run, handle, bases, begin, end = self._library.accelc_plan_run, self._handle, self._bases, stage.begin, stage.end
+        run, handle, bases, begin, end = (
+            self._library.accelc_plan_run,
+            self._handle,
+            self._bases,
+            stage.begin,
+            stage.end,
+        )
 
         def native() -> None:
             failed = run(handle, bases, begin, end)

@@ -1,8 +1,8 @@
 """Instructions of compiled steps, and the rules that turn operations into them.
 
 A rule gets the operation's arguments (tensors as `Array`) and its output, and returns instructions, or None where the
-kernels do not cover the case: then the operation goes to Inductor. Rules see numbers, not symbols; whether an operation is
-covered must not depend on the sizes of a batch.
+kernels do not cover the case: then the operation goes to Inductor. Rules see numbers, not symbols; whether an
+operation is covered must not depend on the sizes of a batch.
 """
 
 from __future__ import annotations
@@ -106,7 +106,11 @@ def attention(
 ) -> Sequence[Instruction] | None:  # fmt: skip
     b, h, n, _ = query.size
     whole = (positions, lengths) if tree is None else (positions, lengths, tree)
-    if not floats(query, key, value, sinks, slopes) or key.dtype != value.dtype or any(a.dtype != torch.int64 for a in whole):
+    if (
+        not floats(query, key, value, sinks, slopes)
+        or key.dtype != value.dtype
+        or any(a.dtype != torch.int64 for a in whole)
+    ):
         return None
     if bias is not None:
         if bias.dtype not in (*FLOATS, torch.bool):
@@ -247,7 +251,9 @@ def cat(out: Array, parts: Sequence[Array], dim: int = 0):
 
 
 @rule(aten.embedding.default)
-def embedding(out: Array, weight: Array, indices: Array, padding_idx: int = -1, scale: bool = False, sparse: bool = False):
+def embedding(
+    out: Array, weight: Array, indices: Array, padding_idx: int = -1, scale: bool = False, sparse: bool = False
+):
     return _gather(out, weight, indices)
 
 
@@ -257,7 +263,11 @@ def index(out: Array, table: Array, indices: Sequence[Array | None]):
 
 
 def _gather(out: Array, table: Array, indices: Array) -> Sequence[Instruction] | None:
-    if indices.dtype != torch.int64 or table.stride != contiguous(table.size) or table.dtype.itemsize not in BY_ITEMSIZE:
+    if (
+        indices.dtype != torch.int64
+        or table.stride != contiguous(table.size)
+        or table.dtype.itemsize not in BY_ITEMSIZE
+    ):
         return None
     flat = indices.matrix(inner=0)
     if flat is None:

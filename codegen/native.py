@@ -1,7 +1,8 @@
-"""The library of CPU kernels: built from codegen/cpu with the toolchain that Inductor uses, cached, called through ctypes.
+"""The library of CPU kernels: built from codegen/cpu with the toolchain that Inductor uses, cached, called through
+ctypes.
 
-The source depends on no header of torch, so the build takes seconds, and `-march=native` is the run-time dispatch: the cache
-key holds the processor's instruction set. ctypes releases the interpreter lock while a step runs.
+The source depends on no header of torch, so the build takes seconds, and `-march=native` is the run-time dispatch:
+the cache key holds the processor's instruction set. ctypes releases the interpreter lock while a step runs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,17 @@ from accelc.codegen.errors import ToolchainError
 from accelc.ir.compat import cpp_compiler
 
 SOURCE = Path(__file__).parent / "cpu"
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi".split()
-)
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+]
 # Not -ffast-math: it would fold the rounding trick of vexp away, and -inf is a value here.
 
 

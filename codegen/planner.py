@@ -1,7 +1,8 @@
 """A memory plan and an instruction stream for one set of sizes.
 
-Everything that depends on sizes is settled here once: a step that runs touches no shapes and allocates only its outputs.
-Instructions wait for earlier ones only where their memory overlaps in time (q, k and v projections run into each other).
+Everything that depends on sizes is settled here once: a step that runs touches no shapes and allocates only its
+outputs. Instructions wait for earlier ones only where their memory overlaps in time (q, k and v projections run into
+each other).
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class Plan:
 
 
 class Roots:
-    """Which memory each storage of the program has: inputs, constants and region outputs a base each, the rest the arena."""
+    """Which memory each storage of the program has: inputs, constants and region outputs a base each, the rest the
+    arena.
+    """
 
     def __init__(self) -> None:
         self.base_of: dict[int, int] = {}
@@ -146,15 +149,18 @@ def plan(
     return Plan(stages, stream, total, dict(roots.base_of), offsets, roots.count, inputs, outputs, fresh)
 
 
-def _argument(value: Any, array: Callable[[torch.Tensor], Array], shapes: Shapes, sizes: Mapping[str, int]) -> Array | int:
+def _argument(
+    value: Any, array: Callable[[torch.Tensor], Array], shapes: Shapes, sizes: Mapping[str, int]
+) -> Array | int:
     return array(value) if isinstance(value, torch.Tensor) else shapes.number(value, sizes)
 
 
 def _product(ins: Instruction, gemm_rows: int) -> Instruction | Gemm:
-    x, weight, bias, _, out = ins.arrays if ins.op == "linear" else (None,) * 5
-    if x is None or x.size[0] <= gemm_rows:
+    if ins.op != "linear":
         return ins
-    assert weight is not None and out is not None
+    x, weight, bias, _, out = ins.arrays
+    if x is None or weight is None or out is None or x.size[0] <= gemm_rows:
+        return ins
     return Gemm(x, weight, bias, out)
 
 

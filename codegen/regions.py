@@ -1,7 +1,7 @@
 """Regions of operations without a kernel here: compiled by Inductor, once for all regions of one structure.
 
-Parameters are arguments of a region, so that the same part of every layer is one compiled artifact; artifacts are files in the
-cache and hold no weights.
+Parameters are arguments of a region, so that the same part of every layer is one compiled artifact; artifacts are
+files in the cache and hold no weights.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ def signature(module: fx.GraphModule) -> str:
     for node in module.graph.nodes:
         value = node.meta.get("val")
         form = _form(value) if node.op == "placeholder" else ""
-        lines.append(f"{node.name} = {node.op} {node.target if isinstance(node.target, str) else _name(node.target)} {node.args} {node.kwargs} {form}")
+        lines.append(f"{node.name} = {node.op} {_name(node.target)} {node.args} {node.kwargs} {form}")
     return "\n".join(lines)
 
 
 def _name(target: Any) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else f"{target.__module__}.{target.__qualname__}"
+    if isinstance(target, str | torch._ops.OpOverload):
+        return str(target)
+    return f"{target.__module__}.{target.__qualname__}"
 
 
 def _form(value: Any) -> str:
@@ -69,7 +71,9 @@ class Regions:
         self._known: dict[str, Compiled] = {}
 
     def compile(self, region: Region, shapes: Shapes, sizes: Mapping[str, int | None]) -> Compiled:
-        """The compiled region: called with its inputs (tensors and ints), it returns its outputs. Raises `RegionError`."""
+        """The compiled region: called with its inputs (tensors and ints), it returns its outputs. Raises
+        `RegionError`.
+        """
         module = region_module(region, shapes)
         key = content_key("region", signature(module), str(sorted(sizes.items())), str(torch.get_num_threads()))
         self._report.regions += 1

@@ -1,7 +1,8 @@
 """Which operations become instructions, which go to Inductor together, and in which order all of it runs.
 
-Levels: a region of Inductor's and the instructions after it share a level; a value that a region needs from an instruction
-puts the region one level higher. All foreign operations of one level form one region, which is convex by construction.
+Levels: a region of Inductor's and the instructions after it share a level; a value that a region needs from an
+instruction puts the region one level higher. All foreign operations of one level form one region, which is convex by
+construction.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def lower(
 ) -> list[Instruction] | None:
     """The instructions of a node, or None where no kernel covers it. `value`: fake values; `array`: where one lies."""
     found = RULES.get(node.target)
-    if found is None or any(isinstance(value(n), torch.SymInt) for n in node.all_input_nodes if node.target not in SHAPED):
+    if found is None or any(
+        isinstance(value(n), torch.SymInt) for n in node.all_input_nodes if node.target not in SHAPED
+    ):
         return None
 
     def concrete(x: Any) -> Any:
@@ -92,7 +95,9 @@ def schedule(graph: fx.Graph, shapes: Shapes, array: Callable[[torch.Tensor], Ar
 
 
 def _classify(graph: fx.Graph, shapes: Shapes, array: Callable[[torch.Tensor], Array]) -> dict[fx.Node, str]:
-    """"input", "constant", "size" (no tensor), "view" (no work), "native" (has instructions) or "foreign" (Inductor's)."""
+    """ "input", "constant", "size" (no tensor), "view" (no work), "native" (has instructions) or "foreign"
+    (Inductor's).
+    """
     kinds: dict[fx.Node, str] = {}
     values = shapes.values
     for node in graph.nodes:
@@ -105,12 +110,11 @@ def _classify(graph: fx.Graph, shapes: Shapes, array: Callable[[torch.Tensor], A
             kinds[node] = "native" if lower(node, values.__getitem__, array) is not None else "foreign"
         elif not tensors_in(value):
             kinds[node] = "size"
+        elif getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            raise MutationError(f"{node.target} writes to a tensor.", where="\n" + around(graph, node))
         elif _is_view(node, values):
             kinds[node] = "view"
         else:
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable:
-                raise MutationError(f"{node.target} writes to a tensor.", where="\n" + around(graph, node))
             covered = isinstance(value, torch.Tensor) and lower(node, values.__getitem__, array) is not None
             kinds[node] = "native" if covered else "foreign"
     return kinds
@@ -155,7 +159,11 @@ def _border(region: Region, graph: fx.Graph, values: Mapping[fx.Node, Any], kind
     stack = [n for node in foreign for n in node.all_input_nodes]
     while stack:
         node = stack.pop()
-        if node not in inside and kinds[node] == "view" and all(storage_key(t) in own for t in tensors_in(values[node])):
+        if (
+            node not in inside
+            and kinds[node] == "view"
+            and all(storage_key(t) in own for t in tensors_in(values[node]))
+        ):
             inside.add(node)
             stack += node.all_input_nodes
     nodes = [n for n in graph.nodes if n in inside]
@@ -167,5 +175,7 @@ def _border(region: Region, graph: fx.Graph, values: Mapping[fx.Node, Any], kind
         for n in node.all_input_nodes
         for t in tensors_in(values[n])
     }
-    outputs = [n for n in nodes if n in foreign and isinstance(values[n], torch.Tensor) and storage_key(values[n]) in wanted]
+    outputs = [
+        n for n in nodes if n in foreign and isinstance(values[n], torch.Tensor) and storage_key(values[n]) in wanted
+    ]
     return Region(nodes, inputs, outputs)

@@ -1,9 +1,10 @@
 """compile_program: a step program to a callable that runs at the speed of the memory, with next to no overhead.
 
 What runs is a list of instructions over planned memory, executed by our kernels in one parallel section a step
-(codegen/cpu); operations without a kernel are compiled by Inductor, in regions between. Chosen over compiling the whole step
-with AOTInductor, which was measured at 24 s (one token) and 33 s (many) for 16 Llama layers, because every layer's calls are
-compiled again; here a program of known operations needs no compiler at all, and a second process only reads the library.
+(codegen/cpu); operations without a kernel are compiled by Inductor, in regions between. Chosen over compiling the
+whole step with AOTInductor, which was measured at 24 s (one token) and 33 s (many) for 16 Llama layers, because every
+layer's calls are compiled again; here a program of known operations needs no compiler at all, and a second process
+only reads the library.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ class Variant:
 class CompiledStep:
     """A compiled program: call it with the inputs, states included; it mutates the states and returns the outputs.
 
-    Inputs must be contiguous CPU tensors with the dtypes and fixed sizes of the examples; varying sizes may be any (a size of
-    1 and larger ones are compiled apart, when first met; memory is planned once for each combination of sizes). Weights are
-    read where they are, by reference. One call at a time runs; others wait. `report` says what was compiled.
+    Inputs must be contiguous CPU tensors with the dtypes and fixed sizes of the examples; varying sizes may be any (a
+    size of 1 and larger ones are compiled apart, when first met; memory is planned once for each combination of
+    sizes). Weights are read where they are, by reference. One call at a time runs; others wait. `report` says what
+    was compiled.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class CompiledStep:
             result: tuple[Tensor, ...] = fx.Interpreter(self._gm).run(*inputs)
         return tuple(result)
 
-    # -- off the hot path ----------------------------------------------------------------------------------------------------
+    # -- off the hot path --------------------------------------------------------------------------------------------
 
     def _sizes(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple(inputs[i].shape[d] for i, d in self._readers)
@@ -130,7 +132,7 @@ class CompiledStep:
                 raise StepInputError(
                     f"{name} is not a contiguous tensor on the CPU",
                     where="inputs of a compiled step",
-                    remedy=f"Pass {name}.contiguous(); a state must be allocated contiguously, as it is written in place.",
+                    remedy=f"Pass {name}.contiguous(); allocate a state contiguously, as it is written in place.",
                 )
 
     def _instance(self, sizes: tuple[int, ...]) -> Instance:
@@ -152,7 +154,7 @@ class CompiledStep:
         return instance
 
     def _compile(self, given: Mapping[str, int]) -> Variant:
-        """A variant that covers these sizes: symbols for all sizes above 1, unless the program then assumes too much."""
+        """A variant that covers these sizes: symbols for all above 1, unless the program then assumes too much."""
         fixed: dict[str, int | None] = {name: 1 if size == 1 else None for name, size in given.items()}
         started = time.perf_counter()
         shapes = propagate(self._gm, self._examples, self._dims, fixed)
@@ -192,8 +194,8 @@ def compile_program(
     """Compile a program for CPUs.
 
     `gm`: a graph over aten and the accelc dialect that mutates inputs through accelc::cache_update alone; parameters as
-    get_attr, read by reference (tied ones stay shared). `example_inputs`: one tensor per placeholder, of which shape and dtype
-    count. `dynamic`: which dims of which placeholder vary, by name of the size; default `step_dims(gm)`. Sizes of one name
-    agree. Raises `ToolchainError`, `RegionError`, `MutationError`.
+    get_attr, read by reference (tied ones stay shared). `example_inputs`: one tensor per placeholder, of which shape
+    and dtype count. `dynamic`: which dims of which placeholder vary, by name of the size; default `step_dims(gm)`.
+    Sizes of one name agree. Raises `ToolchainError`, `RegionError`, `MutationError`.
     """
     return CompiledStep(gm, example_inputs, step_dims(gm) if dynamic is None else dynamic, options or Options())

@@ -99,8 +99,6 @@ class Step(nn.Module):
         return [torch.zeros(size, dtype=s.dtype) for _ in range(2 * s.layers)]
 
 
-
-
 def capture(step: nn.Module, inputs: list[Tensor]) -> fx.GraphModule:
     """The step as a graph over aten and the dialect, batch and token count dynamic, parameters as get_attr."""
     states = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs[3:])

@@ -44,5 +44,3 @@ def run_single(
     step = CompiledStep(gm, tensors, {}, Options(march=march, threads=threads))
     assert not step.report.foreign, f"no kernel for {step.report.foreign}"
     return step(*tensors)[0]
-
-

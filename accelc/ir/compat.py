@@ -199,7 +199,7 @@ def fake_execution(values: Sequence[Any]) -> Iterator[Callable[[torch.Tensor], t
         yield lambda tensor: mode.from_tensor(tensor, static_shapes=True)
 
 
-# -- code generation: symbolic shapes, the C++ toolchain, Inductor for regions -------------------------------------------
+# -- code generation: symbolic shapes, the C++ toolchain, Inductor for regions -----------------------------------------
 
 
 class FakeShapes:

@@ -111,8 +111,8 @@ def test_matches_reference(case) -> None:
 
 
 BASE = {
-    "batch": 2, "heads": 4, "kv_heads": 2, "fresh": 7, "dim": 40, "dim_v": 24, "longest": 300, "tree": True, "bias": "full",
-    "sinks": True, "slopes": True, "mask": ("window", 50), "softcap": 3.0, "swap": False, "seed": 7,
+    "batch": 2, "heads": 4, "kv_heads": 2, "fresh": 7, "dim": 40, "dim_v": 24, "longest": 300, "tree": True,
+    "bias": "full", "sinks": True, "slopes": True, "mask": ("window", 50), "softcap": 3.0, "swap": False, "seed": 7,
 }  # fmt: skip
 
 
@@ -125,7 +125,16 @@ def test_other_instruction_sets(march: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_split_context_at_any_number_of_threads(threads: int) -> None:
-    case = {**BASE, "batch": 1, "heads": 2, "kv_heads": 1, "fresh": 1, "tree": False, "longest": 4000, "mask": ("causal", 0)}
+    case = {
+        **BASE,
+        "batch": 1,
+        "heads": 2,
+        "kv_heads": 1,
+        "fresh": 1,
+        "tree": False,
+        "longest": 4000,
+        "mask": ("causal", 0),
+    }
     args = list(build({**case, "bias": None, "dtype": torch.float32}))
     args[4][0] = 3990
     args[3][0] = 3990

@@ -45,7 +45,11 @@ def test_layer_norm(lead, last, dtype, weight, bias) -> None:
 @quick
 @given(dim=st.sampled_from([2, 16, 20, 64]), dtype=dtypes, interleaved=st.booleans(), swap=st.booleans())
 def test_rotary(dim, dtype, interleaved, swap) -> None:
-    x, cos, sin = torch.randn(2, 3, 5, dim).to(dtype), torch.randn(2, 1, 5, dim).to(dtype), torch.randn(2, 1, 5, dim).to(dtype)
+    x, cos, sin = (
+        torch.randn(2, 3, 5, dim).to(dtype),
+        torch.randn(2, 1, 5, dim).to(dtype),
+        torch.randn(2, 1, 5, dim).to(dtype),
+    )
     got = run_single(ops.rotary.default, x, cos, sin, interleaved, view={0: (1, 2)} if swap else None)
     close(got, rotary_reference(x.double(), cos.double(), sin.double(), interleaved), dtype)
 
@@ -54,7 +58,11 @@ def test_rotary(dim, dtype, interleaved, swap) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_gated_activation(kind: str, dtype: torch.dtype) -> None:
     gate, up = (4 * torch.randn(3, 2100)).to(dtype), torch.randn(3, 2100).to(dtype)
-    close(run_single(ops.gated_activation.default, gate, up, kind), gated_activation_reference(gate.double(), up.double(), kind), dtype)
+    close(
+        run_single(ops.gated_activation.default, gate, up, kind),
+        gated_activation_reference(gate.double(), up.double(), kind),
+        dtype,
+    )
 
 
 EXTREMES = torch.tensor([0.0, -0.0, 1e-30, 1e-4, 0.5, 1, 4, 8, 20, 88, 89, 104, 1e4, float("inf"), float("nan")])
@@ -118,7 +126,9 @@ def test_embedding_and_index() -> None:
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32), (torch.int8,) * 2])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32), (torch.int8,) * 2]
+)
 def test_cache_update(dim: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     from torch import fx
 

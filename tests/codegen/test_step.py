@@ -1,4 +1,6 @@
-"""Compiled steps against the interpreted program: token by token, in chunks, at any batch, with rows of different lengths."""
+"""Compiled steps against the interpreted program: token by token, in chunks, at any batch, with rows of different
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ class Routed(Step):
             ops.cache_update(states[2 * i], k, lengths, 3)
             ops.cache_update(states[2 * i + 1], v, lengths, 2)
             a = ops.attention(
-                q, states[2 * i].transpose(2, 3), states[2 * i + 1], positions, lengths, None, None, None, None, "causal",
-                0, s.head_dim**-0.5, 0.0,
+                q, states[2 * i].transpose(2, 3), states[2 * i + 1], positions, lengths, None, None, None, None,
+                "causal", 0, s.head_dim**-0.5, 0.0,
             )  # fmt: skip
             x = x + F.linear(a.transpose(1, 2).reshape(b, n, s.heads * s.head_dim), w.o)
         return F.linear(x, self.embedding), torch.where(x > 0, x, 0.1 * x), x[:, -1], lengths + n
@@ -46,7 +48,9 @@ class Routed(Step):
     def states(self, batch: int) -> list[Tensor]:
         s = self.shape
         keys, values = (s.head_dim, s.slots), (s.slots, s.head_dim)
-        return [torch.zeros(batch, s.kv_heads, *size, dtype=s.dtype) for _ in range(s.layers) for size in (keys, values)]
+        return [
+            torch.zeros(batch, s.kv_heads, *size, dtype=s.dtype) for _ in range(s.layers) for size in (keys, values)
+        ]
 
 
 def arguments(shape: Shape, lengths: Tensor, fresh: int) -> list[Tensor]:
@@ -85,7 +89,9 @@ def test_equals_the_interpreted_program(kind: str, dtype: torch.dtype) -> None:
             got, want = step(*given, *ours), step.interpret(*given, *theirs)
             for a, b in zip((*got, *ours), (*want, *theirs), strict=True):
                 torch.testing.assert_close(a, b, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-            lengths = lengths + torch.randint(0, fresh + 1, (batch,))  # rows accept different numbers, some are rolled back
+            lengths = lengths + torch.randint(
+                0, fresh + 1, (batch,)
+            )  # rows accept different numbers, some are rolled back
         assert pointers == [s.data_ptr() for s in ours]
 
 
@@ -114,7 +120,9 @@ def test_reads_weights_by_reference() -> None:
 
 
 def test_time_does_not_grow_with_the_capacity() -> None:
-    """No copy of a cache in a step: 256 times the capacity, and steps as fast to well within the noise of the machine."""
+    """No copy of a cache in a step: 256 times the capacity, and steps as fast to well within the noise of the
+    machine.
+    """
     seconds = {}
     for slots in (256, 65536):
         shape = Shape(slots=slots)
