@@ -93,10 +93,18 @@ def _mixer(node: fx.Node, name: str, over_sequence) -> str | None:
     if node.target in _SHIFTS:
         return name if _moves(node, value, over_sequence) else None
     if node.target is aten.slice.Tensor and value.is_floating_point():
-        dim = node.args[1] if len(node.args) > 1 else 0
-        before, after = value.shape[dim], node.meta["val"].shape[dim]
-        return "slice (an end dropped)" if over_sequence(before) and not _equal(before, after) else None
+        return "slice" if _drops_tokens(node, value, over_sequence) else None
     return None
+
+
+def _drops_tokens(node: fx.Node, value: Tensor, over_sequence) -> bool:
+    """Whether a slice drops tokens. An attention sink is a column behind the T keys: dropping it moves nothing."""
+    dim = node.args[1] if len(node.args) > 1 else 0
+    start = node.args[2] if len(node.args) > 2 else 0
+    before, after = str(value.shape[dim]), str(node.meta["val"].shape[dim])
+    if not over_sequence(value.shape[dim]) or before == after:
+        return False
+    return start not in (0, None) or before != f"{after} + 1"
 
 
 def _moves(node: fx.Node, value: Tensor, over_sequence) -> bool:
@@ -109,7 +117,3 @@ def _moves(node: fx.Node, value: Tensor, over_sequence) -> bool:
         value.dim() - 1 - index // 2 for index, amount in enumerate(padding) if not isinstance(amount, int) or amount
     ]
     return value.is_floating_point() and any(over_sequence(value.shape[dim]) for dim in padded)
-
-
-def _equal(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
-    return str(left) == str(right)
