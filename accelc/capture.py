@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
-from accelc.ir.program import Program, store
+from accelc.ir.program import Program, graph_module, store
 
 MAX_BATCH = 1 << 16
 EXAMPLE = (2, 7)
@@ -166,7 +166,7 @@ def _plain_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
             new = graph.node_copy(node, remap.__getitem__)
         new.meta = dict(node.meta)
         remap[node] = new
-    return fx.GraphModule(root, graph)
+    return graph_module(root, graph)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.fx as fx
@@ -11,7 +12,7 @@ from accelc.passes.attention_scores import NotAttention, Term
 from accelc.passes.match import Builder, argument, aten, is_call, is_cast, permutation, same, shape, tensor
 
 accelc = torch.ops.accelc
-Size = int | torch.SymInt
+Size: TypeAlias = "int | torch.SymInt"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Layout:
             return source
         return self.emit(aten.reshape.default, node, [self._size(size) for size in sizes])
 
-    def _size(self, size: Size) -> object:
+    def _size(self, size: Size) -> Any:
         if isinstance(size, int):
             return size
         if same(size, self.batch):

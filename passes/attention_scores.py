@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -68,7 +69,7 @@ class Scores:
         return replace(self, terms=(*self.terms, term))
 
 
-def read_scores(node: object, is_base: Callable[[fx.Node], bool]) -> Scores:
+def read_scores(node: Any, is_base: Callable[[fx.Node], bool]) -> Scores:
     """The scores that `node` computes; `is_base` says which matrix products relate tokens to tokens.
 
     Raises `NotAttention` with the reason when an operation on the way has no rule.
@@ -84,7 +85,7 @@ def read_scores(node: object, is_base: Callable[[fx.Node], bool]) -> Scores:
     raise NotAttention(f"{getattr(node, 'target', node)} is not known to belong to attention scores")
 
 
-Read = Callable[[object], Scores]
+Read = Callable[[Any], Scores]
 
 
 def _product(node: fx.Node) -> Scores:
@@ -100,7 +101,7 @@ def _product(node: fx.Node) -> Scores:
     return scores.with_term(Term(bias, node, beta)) if beta else scores
 
 
-def _scaled_operand(node: object) -> tuple[fx.Node, float]:
+def _scaled_operand(node: Any) -> tuple[fx.Node, float]:
     """An operand without the positive number that multiplies it, and that number."""
     assert isinstance(node, fx.Node)
     if is_call(node, aten.mul, aten.div) and isinstance(node.args[0], fx.Node):
@@ -151,7 +152,7 @@ def _add(node: fx.Node, read: Read) -> Scores:
     return scores.with_term(_term(other, node, factor))
 
 
-def _term(bias: object, level: fx.Node, factor: float) -> Term:
+def _term(bias: Any, level: fx.Node, factor: float) -> Term:
     if tensor(bias) is None:
         raise NotAttention(f"{bias} is added to the scores, which is no tensor")
     return Term(bias, level, factor)  # type: ignore[arg-type]
@@ -167,7 +168,7 @@ def _subtract(node: fx.Node, read: Read) -> Scores:
     return read(scores).with_term(_term(other, node, -alpha))
 
 
-def _is_row_maximum(node: object, scores: object) -> bool:
+def _is_row_maximum(node: Any, scores: Any) -> bool:
     if isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == 0:
         node = node.args[0]
         if not is_call(node, aten.max):
@@ -191,7 +192,7 @@ def _where(node: fx.Node, read: Read) -> Scores:
     return _hide(read(right), node, condition, left, hides=True)
 
 
-def _hide(scores: Scores, node: fx.Node, mask: object, value: object, *, hides: bool) -> Scores:
+def _hide(scores: Scores, node: fx.Node, mask: Any, value: Any, *, hides: bool) -> Scores:
     filled = number(value)
     if filled is None or filled > HIDDEN:
         raise NotAttention(f"scores are replaced by {value}, which does not hide them")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.fx as fx
 
 from accelc.ir import Exactness, Program, StateSpec
 from accelc.ir.errors import DeriveError
-from accelc.ir.shapes import propagate
+from accelc.ir.program import graph_module
 from accelc.passes.base import Pass, PassResult
 from accelc.passes.registry import register_pass
 from accelc.passes.step import mixing  # noqa: F401 - registers its rules
@@ -52,7 +51,6 @@ class DeriveStep(Pass):
         cached = derivation.cut(list(roots.values()), Rates(self.bytes_per_second, self.flops_per_second))
         step = derivation.emit(roots, cached, self.tree)
         step = replace(step, facts={**program.facts, "cut": cached})
-        propagate(step)
         notes = [
             f"{spec.origin}: {list(spec.shape)} {spec.dtype}, {spec.bytes_per_token()} bytes a token"
             for spec in step.states
@@ -139,7 +137,7 @@ class Derivation:
                 values[want] = emit(build, self.analysis, want, call, values)
         build.graph.output(tuple(values[w].node for w in roots.values()))
         build.graph.eliminate_dead_code()
-        module = fx.GraphModule(build.root, build.graph)
+        module = graph_module(build.root, build.graph)
         inputs = tuple(n for n, node in build.inputs.items() if node is not None)
         return Program("step", module, inputs, tuple(roots), tuple(specs))
 

@@ -8,7 +8,6 @@ import torch
 import torch.fx as fx
 
 from accelc.ir import Exactness, Program
-from accelc.ir.shapes import propagate
 from accelc.passes.base import Pass, PassResult
 from accelc.passes.registry import register_pass
 
@@ -52,7 +51,6 @@ class LastLogits(Pass):
         graph.eliminate_dead_code()
         program.module.recompile()
         program = replace(program, name="prefill", inputs=(*program.inputs, "last"))
-        propagate(program)
         return PassResult(program, 1, (f"chosen at {target.name}",))
 
 
@@ -72,7 +70,7 @@ def hidden_states(logits: fx.Node) -> fx.Node:
 
 def _choose(graph: fx.Graph, value: fx.Node, last: fx.Node) -> fx.Node:
     """value [B, N, C] at row last[b]: [B, 1, C]."""
-    width = value.meta["val"].shape[-1]
-    index = graph.call_function(aten.reshape.default, (last, [-1, 1, 1]))
-    index = graph.call_function(aten.expand.default, (index, [-1, -1, int(width)]))
-    return graph.call_function(aten.gather.default, (value, 1, index))
+    batch = graph.call_function(aten.sym_size.int, (last, 0))
+    rows = graph.call_function(aten.arange.default, (batch,))
+    chosen = graph.call_function(aten.index.Tensor, (value, [rows, last]))
+    return graph.call_function(aten.unsqueeze.default, (chosen, 1))

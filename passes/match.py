@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.fx as fx
@@ -38,14 +38,14 @@ KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def is_call(value: object, *packets: object) -> TypeGuard[fx.Node]:
+def is_call(value: Any, *packets: object) -> TypeGuard[fx.Node]:
     """Whether `value` is a node that calls an overload of one of `packets` (aten.mul, not aten.mul.Tensor)."""
     if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload):
         return False
     return value.target.overloadpacket in packets
 
 
-def argument(node: fx.Node, name: str) -> object:
+def argument(node: fx.Node, name: str) -> Any:
     """The argument of that name in the operator's schema, its default when absent; KeyError when there is none."""
     for position, schema in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if schema.name == name:
@@ -55,7 +55,7 @@ def argument(node: fx.Node, name: str) -> object:
     raise KeyError(f"{node.target} has no argument {name!r}")
 
 
-def tensor(node: object) -> torch.Tensor | None:
+def tensor(node: Any) -> torch.Tensor | None:
     """The fake tensor that `node` computes, or None when it is no tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
@@ -66,9 +66,9 @@ def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def same(a: object, b: object) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two sizes, or two sequences of sizes, are provably equal."""
-    if isinstance(a, tuple | list) or isinstance(b, tuple | list):
+    if isinstance(a, tuple | list):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))  # type: ignore[arg-type]
     return bool(statically_known_true(a == b))
 
@@ -80,7 +80,7 @@ def is_last(node: fx.Node, dim: object) -> bool:
     return isinstance(dim, int) and dim in (-1, len(shape(node)) - 1)
 
 
-def number(value: object) -> float | None:
+def number(value: Any) -> float | None:
     """The number that `value` is, or the node computes: a literal, a filled tensor, a constant of one element."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -96,14 +96,14 @@ def number(value: object) -> float | None:
     return None
 
 
-def before_casts(value: object) -> object:
+def before_casts(value: Any) -> Any:
     """What `value` was before conversions between floating-point types, which change it by rounding, or copies."""
     while is_cast(value):
         value = value.args[0]
     return value
 
 
-def is_cast(value: object) -> TypeGuard[fx.Node]:
+def is_cast(value: Any) -> TypeGuard[fx.Node]:
     """Whether the node converts one floating-point tensor to another on the same device, or copies it."""
     if not is_call(value, *CASTS):
         return False
@@ -113,7 +113,7 @@ def is_cast(value: object) -> TypeGuard[fx.Node]:
     return new.dtype == old.dtype or (new.is_floating_point() and old.is_floating_point())
 
 
-def permutation(node: object) -> list[int] | None:
+def permutation(node: Any) -> list[int] | None:
     """dims such that `node` is its first argument permuted by them, when it is a transpose or a permute."""
     if is_call(node, aten.permute):
         rank = len(shape(node))
@@ -192,7 +192,7 @@ class Builder:
         return self.emit(anchor, aten.to.dtype, node, dtype)
 
 
-def _frozen(value: object) -> object:
+def _frozen(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_frozen(v) for v in value)
     return value if isinstance(value, fx.Node) else (type(value), repr(value))

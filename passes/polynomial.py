@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch.fx as fx
 
@@ -18,7 +19,7 @@ REACH = 6
 """How many operations away from its middle function the ends of a formula are looked for."""
 
 
-def polynomial(value: object, unknowns: Mapping[fx.Node, tuple[int, int]]) -> Polynomial | None:
+def polynomial(value: Any, unknowns: Mapping[fx.Node, tuple[int, int]]) -> Polynomial | None:
     """What `value` computes from `unknowns` (given as powers, (1, 0) or (0, 1)), or None when it needs anything else.
 
     Conversions between floating-point types are looked through: they change a value by rounding only.
@@ -60,7 +61,7 @@ def close(p: Polynomial | None, q: Polynomial, tolerance: float = 1e-4) -> bool:
     return p is not None and p.keys() == q.keys() and all(math.isclose(p[k], q[k], rel_tol=tolerance) for k in q)
 
 
-def arithmetic_inputs(value: object, reach: int = REACH) -> list[fx.Node]:
+def arithmetic_inputs(value: Any, reach: int = REACH) -> list[fx.Node]:
     """`value` and the nodes it is computed from by arithmetic, nearest first: what a formula's unknown may be."""
     found: list[fx.Node] = []
     front = [value]

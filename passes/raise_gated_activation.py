@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -119,7 +120,7 @@ def _raise_gate(builder: Builder, node: fx.Node) -> bool:
     return False
 
 
-def _activation(node: object) -> tuple[fx.Node, str] | None:
+def _activation(node: Any) -> tuple[fx.Node, str] | None:
     """(x, kind) when `node` is one of the dialect's activations of x."""
     if is_call(node, aten.gelu):
         return node.args[0], "gelu_tanh" if argument(node, "approximate") == "tanh" else "gelu"  # type: ignore[return-value]

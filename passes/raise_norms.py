@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -83,7 +84,7 @@ def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:
     return None
 
 
-def _inverse_root(node: object) -> object:
+def _inverse_root(node: Any) -> Any:
     """y when `node` is 1 / sqrt(y)."""
     node = before_casts(node)
     if is_call(node, aten.rsqrt):
@@ -97,14 +98,14 @@ def _inverse_root(node: object) -> object:
     return None
 
 
-def _root(node: object) -> object:
+def _root(node: Any) -> Any:
     """y when `node` is sqrt(y)."""
     if is_call(node, aten.sqrt) or (is_call(node, aten.pow) and number(node.args[1]) == 0.5):
         return node.args[0]
     return None
 
 
-def _mean_square(node: object) -> tuple[fx.Node, float] | None:
+def _mean_square(node: Any) -> tuple[fx.Node, float] | None:
     """(x, eps) when `node` is mean(x^2) + eps over the last dim, kept; (v, eps) for a variance v instead."""
     node = before_casts(node)
     if not is_call(node, aten.add):
@@ -129,7 +130,7 @@ def _over_last(node: fx.Node) -> bool:
     return keeps and isinstance(source, fx.Node) and is_last(source, argument(node, "dim"))
 
 
-def _square_of(node: object) -> fx.Node | None:
+def _square_of(node: Any) -> fx.Node | None:
     if is_call(node, aten.pow) and number(node.args[1]) == 2:
         return node.args[0]  # type: ignore[return-value]
     if is_call(node, aten.mul) and node.args[0] is node.args[1]:
@@ -137,7 +138,7 @@ def _square_of(node: object) -> fx.Node | None:
     return node.args[0] if is_call(node, aten.square) else None  # type: ignore[return-value]
 
 
-def _variance(node: object) -> fx.Node | None:
+def _variance(node: Any) -> fx.Node | None:
     """`node` itself (before `getitem`) when it is the variance over the last dim without correction."""
     if isinstance(node, fx.Node) and node.target is operator.getitem:
         return node if node.args[1] == 0 and is_call(node.args[0], aten.var_mean) and _is_biased(node.args[0]) else None
@@ -180,7 +181,7 @@ def _centred(node: fx.Node) -> fx.Node | None:
 # -- what follows ----------------------------------------------------------------------------------------------------
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: fx.Node) -> Any:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -68,7 +69,7 @@ class Part:
     strided: bool
 
 
-def _part(node: object) -> Part | None:
+def _part(node: Any) -> Part | None:
     """What part of the last dim of another tensor `node` is."""
     if not isinstance(node, fx.Node):
         return None
@@ -114,7 +115,7 @@ def _joined(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
         if len(parts) != 2 or not is_last(node, argument(node, "dim")) or not same(shape(parts[0]), shape(parts[1])):  # type: ignore[arg-type,index]
             return None
         return (*parts, False)  # type: ignore[misc]
-    stack = node.args[0] if is_call(node, aten.reshape, aten.flatten) else None
+    stack: Any = node.args[0] if is_call(node, aten.reshape, aten.flatten) else None
     if not is_call(stack, aten.stack) or len(stack.args[0]) != 2:  # type: ignore[arg-type]
         return None
     first, second = stack.args[0]  # type: ignore[misc]
@@ -145,7 +146,7 @@ def _from_rotated(builder: Builder, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _rotation_of(node: object) -> tuple[fx.Node, bool] | None:
+def _rotation_of(node: Any) -> tuple[fx.Node, bool] | None:
     """(x, interleaved) when `node` is (-b, a) for the parts (a, b) of x."""
     joined = _joined(node) if isinstance(node, fx.Node) else None
     if joined is None or not is_call(joined[0], aten.neg):
@@ -158,7 +159,7 @@ def _rotation_of(node: object) -> tuple[fx.Node, bool] | None:
     return first.whole, joined[2]
 
 
-def _are_tables(x: fx.Node, cos: object, sin: object, *, full: bool) -> bool:
+def _are_tables(x: fx.Node, cos: Any, sin: Any, *, full: bool) -> bool:
     """Whether cos and sin are tensors that broadcast to x, with its last dim or half of it."""
     width = shape(x)[-1]
     for table in (cos, sin):
@@ -230,12 +231,12 @@ def _wide(builder: Builder, node: fx.Node, table: fx.Node, interleaved: bool) ->
 
 def _from_complex(builder: Builder, node: fx.Node) -> fx.Node | None:
     """reshape(view_as_real(view_as_complex(reshape(x, [..., R / 2, 2])) * table)) with a complex table [..., R / 2]."""
-    real = node.args[0] if is_call(node, aten.reshape, aten.flatten) else None
-    product = real.args[0] if is_call(real, aten.view_as_real) else None
+    real: Any = node.args[0] if is_call(node, aten.reshape, aten.flatten) else None
+    product: Any = real.args[0] if is_call(real, aten.view_as_real) else None
     if not is_call(product, aten.mul):
         return None
     for number_pairs, table in (product.args[:2], product.args[1::-1]):
-        pairs = number_pairs.args[0] if is_call(number_pairs, aten.view_as_complex) else None
+        pairs: Any = number_pairs.args[0] if is_call(number_pairs, aten.view_as_complex) else None
         if not is_call(pairs, aten.reshape) or tensor(table) is None or is_call(table, aten.view_as_complex):
             continue
         x = pairs.args[0]
@@ -248,5 +249,5 @@ def _from_complex(builder: Builder, node: fx.Node) -> fx.Node | None:
         for index in (0, 1):
             half = builder.emit(node, aten.select.int, parts, -1, index, after=parts)
             tables.append(_wide(builder, node, half, interleaved=True))
-        return _rotary(builder, node, x, *tables, True)  # type: ignore[arg-type]
+        return _rotary(builder, node, x, tables[0], tables[1], True)  # type: ignore[arg-type]
     return None

@@ -66,9 +66,8 @@ class RecogniseMasks(Pass):
                 continue
             bias = node.args[ARGUMENTS["bias"]]
             if bias not in known:
-                heads = node.meta["val"].shape[1]
                 value = evaluate(program, bias, positions, longest)
-                known[bias] = recognise(value, positions, longest, heads) if value is not None else None
+                known[bias] = recognise(value, positions, longest) if value is not None else None
                 notes.append(
                     f"{bias.meta.get('forward', bias.name)}: {known[bias] or 'no known family, stays a tensor'}"
                 )
@@ -143,7 +142,7 @@ def _symbol(program: Program, node: fx.Node) -> str:
     return "B" if dim == 0 else "N"
 
 
-def recognise(bias: Tensor, positions: Tensor, longest: int, heads: int) -> Family | None:
+def recognise(bias: Tensor, positions: Tensor, longest: int) -> Family | None:
     """The family whose visibility and slopes equal `bias` at every probed query and every earlier key, or None."""
     bias = bias.expand(1, bias.shape[1] if bias.dim() == 4 else 1, len(positions), longest)[0]  # [H or 1, R, L]
     query, key = positions[:, None], torch.arange(longest)[None, :]
@@ -161,7 +160,7 @@ def recognise(bias: Tensor, positions: Tensor, longest: int, heads: int) -> Fami
     values = bias.cpu().double()
     if bool((values.masked_fill(~seen, 0.0) == 0).all()):
         return Family(mask, window)
-    slopes = _alibi(values, seen, query, key, heads)
+    slopes = _alibi(values, seen, query, key)
     return None if slopes is None else Family(mask, window, slopes)
 
 
@@ -182,9 +181,9 @@ def _mask(allowed: Tensor, positions: Tensor, longest: int) -> tuple[str | None,
     return None, 0
 
 
-def _alibi(values: Tensor, seen: Tensor, query: Tensor, key: Tensor, heads: int) -> Tensor | None:
-    """Slopes [heads] when values [H or 1, R, L] are slope * (key - query) up to a constant a row, which softmax removes."""
-    if values.shape[0] not in (1, heads):
+def _alibi(values: Tensor, seen: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+    """Slopes [H] when values [H, R, L] are slope * (key - query) up to a constant a row, which softmax removes."""
+    if len(values) == 1:  # one bias for an unknown number of heads: not what ALiBi is
         return None
     distance = (key - query).double()[None]
     row = int(seen[0].sum(-1).argmax())
@@ -198,12 +197,13 @@ def _alibi(values: Tensor, seen: Tensor, query: Tensor, key: Tensor, heads: int)
     scale = values.masked_fill(~seen, 0.0).abs().amax().clamp(min=1.0)
     if float((rest - centre).nan_to_num(0.0).abs().max()) > 1e-5 * float(scale):
         return None
-    return slopes.expand(heads).float()
+    return slopes.float()
 
 
 def _slopes(program: Program, node: fx.Node, bias: fx.Node, slopes: Tensor) -> fx.Node:
     path = f"accelc_tables.slopes_{bias.name}"
-    store(program.module, path, slopes.to(node.args[0].meta["val"].device))
+    device = next(iter(program.tensors().values())).device
+    store(program.module, path, slopes.to(device))
     with program.graph.inserting_before(node):
         attribute = program.graph.get_attr(path)
     return attribute

@@ -294,3 +294,10 @@ def load_inductor_artifact(path: str) -> Callable[..., Any]:
         return CompiledArtifact.load(path=path, format="binary")
     except (AssertionError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"not a compiled region: {error}") from error
+
+
+def lazy_graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module whose Python code is generated at its first call as a function."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)

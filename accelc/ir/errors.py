@@ -54,6 +54,12 @@ class ProgramFormatError(AccelcError):
     remedy = "Derive the program again from its model."
 
 
+class UncacheableError(AccelcError):
+    """A model contains something whose influence on its forward cannot be seen, so that no key can stand for it."""
+
+    remedy = "Nothing is wrong: the model is captured and derived anew each time."
+
+
 class DeriveError(AccelcError):
     """The cached step cannot be derived; names the node and the reason."""
 

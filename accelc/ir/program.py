@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.fx as fx
 
+from accelc.ir.compat import lazy_graph_module
 from accelc.ir.errors import InvariantError, around, describe
 from accelc.ir.exactness import Exactness
 from accelc.ir.state import StateSpec
@@ -79,7 +80,7 @@ class Program:
         graph.output(output)
         for old, new in remap.items():
             new.meta = copy.copy(old.meta)
-        return replace(self, module=fx.GraphModule(root, graph), facts=dict(self.facts))
+        return replace(self, module=graph_module(root, graph), facts=dict(self.facts))
 
     def run(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the graph eagerly, node by node (`args`: inputs, then states); the reference way to execute a program."""
@@ -98,6 +99,11 @@ class Program:
     def listing(self) -> str:
         """The header, and every node with its arguments, shape, dtype and origin, one a line."""
         return "\n".join([str(self), *(f"  {describe(node)}" for node in self.graph.nodes)])
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that generates its Python code only if it is called as a function, which costs as much as a pass."""
+    return lazy_graph_module(root, graph)
 
 
 def fetch(root: torch.nn.Module, path: str) -> torch.Tensor:

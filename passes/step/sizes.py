@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import sympy
@@ -65,29 +66,32 @@ class Symbols:
         expr = value.node.expr if isinstance(value, torch.SymInt) else sympy.sympify(value)
         if expr.free_symbols - {self.batch, self.length}:
             return None
-        return self._fit(expr)
+        return _fit(self, expr)
 
-    def _fit(self, expr: sympy.Expr) -> Size | None:
-        def at(b: int, t: int) -> int:
-            return int(expr.subs({self.batch: b, self.length: t}))
 
-        low, high = 5, 11
-        c00, c10, c01, c11 = at(2, low), at(3, low), at(2, high), at(3, high)
-        # f(b, t) = const + batch*b + time*t + rows*b*t, solved from four corners
-        span = high - low
-        rows, rest = divmod((c11 - c01) - (c10 - c00), span)
-        if rest:
+@functools.lru_cache(maxsize=4096)
+def _fit(symbols: Symbols, expr: sympy.Expr) -> Size | None:
+    """Solve the polynomial from four corners and verify it at other points."""
+    def at(b: int, t: int) -> int:
+        return int(expr.subs({symbols.batch: b, symbols.length: t}))
+
+    low, high = 5, 11
+    c00, c10, c01, c11 = at(2, low), at(3, low), at(2, high), at(3, high)
+    # f(b, t) = const + batch*b + time*t + rows*b*t, solved from four corners
+    span = high - low
+    rows, rest = divmod((c11 - c01) - (c10 - c00), span)
+    if rest:
+        return None
+    batch = (c10 - c00) - rows * low
+    time, rest = divmod(c01 - c00 - rows * 2 * span, span)
+    if rest:
+        return None
+    const = c00 - 2 * batch - time * low - rows * 2 * low
+    fit = Size(const, batch, time, rows)
+    for b, t in ((2, 7), (4, 17), (7, 29)):
+        if at(b, t) != const + batch * b + time * t + rows * b * t:
             return None
-        batch = (c10 - c00) - rows * low
-        time, rest = divmod(c01 - c00 - rows * 2 * span, span)
-        if rest:
-            return None
-        const = c00 - 2 * batch - time * low - rows * 2 * low
-        fit = Size(const, batch, time, rows)
-        for b, t in ((2, 7), (4, 17), (7, 29)):
-            if at(b, t) != const + batch * b + time * t + rows * b * t:
-                return None
-        return fit
+    return fit
 
 
 def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
