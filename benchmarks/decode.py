@@ -21,13 +21,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
 import typer
-from bandwidth import read_bandwidth
+from bandwidth import Bandwidth
 from environment import describe
+from overhead import measure_demo_model
 from peers import NAMES, Job, Peer, load
 from rich.console import Console
 from samples import BASE, Case, Row, Sample
@@ -49,12 +50,19 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=3)] = 64,
     repeats: Annotated[int, typer.Option(help="Turns of each group.", min=1)] = 7,
     threads: Annotated[int, typer.Option(min=1)] = psutil.cpu_count(logical=False) or 1,
+    overhead: Annotated[bool, typer.Option(help="Take a step of the demo's model apart as well.")] = True,
     work: Annotated[Path | None, typer.Option(help="Keep weights and converted files here; default: deleted.")] = None,
     out: Annotated[Path, typer.Option(help="Where the JSON file and the plot go.")] = RESULTS,
 ) -> None:
     """Measure decoding and write a table, a JSON file and a plot."""
     console = Console(highlight=False)
-    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": describe(), "cases": []}
+    torch.set_num_threads(threads)
+    meter = Bandwidth(threads=threads)
+    record: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": describe(),
+        "cases": [],
+    }
     folder = work or Path(tempfile.mkdtemp(prefix="accelc-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -67,17 +75,27 @@ def main(
                 threads=threads,
                 work=folder,
             )
-            case = measure(job, [str(p) for p in peer or NAMES], prompt_tokens, new_tokens, repeats, console)
+            case = measure(job, [str(p) for p in peer or NAMES], prompt_tokens, new_tokens, repeats, meter, console)
             console.print(case.table())
             record["cases"].append(asdict(case) | {"summary": case.summary()})
     finally:
         if work is None:
             shutil.rmtree(folder, ignore_errors=True)
+    if overhead:
+        found = measure_demo_model()
+        console.print(found.text())
+        record["overhead"] = asdict(found)
     write(record, out, console)
 
 
 def measure(
-    job: Job, names: Sequence[str], prompt_tokens: int, new_tokens: int, repeats: int, console: Console
+    job: Job,
+    names: Sequence[str],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    meter: Bandwidth,
+    console: Console,
 ) -> Case:
     """All peers on one model."""
     case = Case(
@@ -99,12 +117,12 @@ def measure(
     make_model(job.shape, job.dtype, job.max_length, job.path)
     ids = prompt(job.shape, prompt_tokens)
     for group in groups(peers, job.shape, job.dtype, psutil.virtual_memory().available):
-        measure_group(case, job, {name: peers[name] for name in group}, ids, repeats, console)
+        measure_group(case, job, {name: peers[name] for name in group}, ids, repeats, meter, console)
     return case
 
 
 def measure_group(
-    case: Case, job: Job, peers: dict[str, Peer], ids: torch.Tensor, repeats: int, console: Console
+    case: Case, job: Job, peers: dict[str, Peer], ids: torch.Tensor, repeats: int, meter: Bandwidth, console: Console
 ) -> None:
     """Start the peers and let them take turns; one that fails is noted in `case.skipped` and left out."""
     caches = {name: tempfile.mkdtemp(prefix=f"accelc-bench-{name}-") for name in peers}
@@ -129,9 +147,9 @@ def measure_group(
         for turn in range(repeats):
             for name, worker in workers.items():
                 time.sleep(0.3)  # threads of the one before spin for a while
-                before = read_bandwidth(threads=job.threads)
+                before = meter.read() / 1e9
                 timed = worker.generate(ids, case.new_tokens)
-                after = read_bandwidth(threads=job.threads)
+                after = meter.read() / 1e9
                 case.rows[name].tokens = list(timed.tokens)
                 turn_id = f"{'+'.join(peers)}/{turn}"
                 case.rows[name].samples.append(

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from transformers import LlamaForCausalLM
 
 import accelc
 from accelc.codegen import native
+from accelc.demo.settings import Settings
+from accelc.demo.training import model_config
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,21 @@ class Overhead:
     kernels: float
     overhead: float
     profile: tuple[tuple[str, float], ...]  # function, its share of the profiled time outside the kernels
+
+    def text(self) -> str:
+        """A few lines for a terminal."""
+        lines = [
+            f"A step of the demo's model: {self.step:.0f} us, kernels {self.kernels:.0f} us, "
+            f"overhead {self.overhead:.1f} us (medians of {self.steps} steps). Of the overhead, under a profiler:"
+        ]
+        return "\n".join(lines + [f"  {share:4.0%}  {name}" for name, share in self.profile])
+
+
+def measure_demo_model(new_tokens: int = 200) -> Overhead:
+    """`measure` on the architecture that the demo trains, with random weights."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(model_config(Settings(), end_token=0)).eval()
+    return measure(model, torch.randint(model.config.vocab_size, (1, 16)), new_tokens)
 
 
 def measure(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> Overhead:

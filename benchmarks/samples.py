@@ -22,7 +22,8 @@ class Sample:
 
     @property
     def bandwidth(self) -> float:
-        return (self.bandwidth_before + self.bandwidth_after) / 2
+        """The higher reading, so that a share of it is never flattered."""
+        return max(self.bandwidth_before, self.bandwidth_after)
 
     @property
     def steady(self) -> bool:

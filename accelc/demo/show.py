@@ -44,7 +44,7 @@ def show(prompt: str, new_tokens: int, repeats: int, steps: int | None) -> None:
     console.print(f"Comparing, {torch.get_num_threads()} threads, {new_tokens} new tokens ...")
     peers = {
         "transformers, eager": transformers_eager,
-        "transformers, Inductor, static cache": transformers_inductor,
+        "Inductor, static cache": transformers_inductor,
     }
     contenders = [
         make_ready(name, build(trained.model), time.perf_counter(), ids, new_tokens) for name, build in peers.items()

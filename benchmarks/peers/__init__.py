@@ -25,7 +25,6 @@ NAMES = (
     "transformers_inductor_frozen",
     "llama_cpp",
     "ctranslate2",
-    "openvino",
     "torchao",
 )
 
