@@ -12,14 +12,15 @@ class Options:
     """* ``mode``: "compile", or "interpret" to run the graph eagerly, node by node (needs no compiler).
     * ``threads``: 0 takes torch's number of intra-op threads.
     * ``march``: the instruction set to build kernels for; for tests.
-    * ``gemm_rows``: linears with more rows than this go to torch's (oneDNN's) matrix product.
+    * ``gemm_rows``: linears with more rows than this go to torch's (oneDNN's) matrix product. Measured on a Zen 4 core
+      with 2048 x 8192 weights, GB/s ours / torch: bf16 14 / 12 at 4 rows, 7 / 7 at 16, 4.2 / 4.8 at 32.
     * ``instances``: how many shapes to keep memory plans for.
     """
 
     mode: Literal["compile", "interpret"] = "compile"
     threads: int = 0
     march: str = "native"
-    gemm_rows: int = 32
+    gemm_rows: int = 16
     instances: int = 16
 
 

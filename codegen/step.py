@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class CompiledStep:
         self._readers = tuple(self._read.values())
         self._variants: list[Variant] = []
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
-        self._checked: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._passed: dict[tuple[int, ...], list[weakref.ref[Tensor]]] = {}
         self._lock = threading.Lock()
         self.report = Report()
         self._threads = options.threads or torch.get_num_threads()
@@ -91,18 +92,18 @@ class CompiledStep:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run one step. Raises `StepInputError`, `StepIndexError`."""
+        if len(inputs) != len(self._names):
+            raise StepInputError(f"{len(inputs)} inputs for a step of {len(self._names)}: {', '.join(self._names)}")
         with self._lock:
             sizes = tuple([inputs[i].shape[d] for i, d in self._readers])
-            # Objects that passed the check for these sizes need no second look.
-            idents = tuple(map(id, inputs))
-            if self._checked.get(sizes) != idents:
-                self._check(inputs, sizes)
-                self._checked[sizes] = idents
+            self._check(inputs, sizes)
             if self._options.mode == "interpret":
                 return self.interpret(*inputs)
             instance = self._instances.get(sizes)
             if instance is None:
                 instance = self._instance(sizes)
+            else:
+                self._instances.move_to_end(sizes)
             return instance.run(inputs)
 
     def interpret(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -117,23 +118,37 @@ class CompiledStep:
         return tuple(inputs[i].shape[d] for i, d in self._readers)
 
     def _check(self, inputs: Sequence[Tensor], sizes: tuple[int, ...]) -> None:
-        if len(inputs) != len(self._names):
-            raise StepInputError(f"{len(inputs)} inputs for a step of {len(self._names)}: {', '.join(self._names)}")
-        given = dict(zip(self._read, sizes))
-        for name, value, example, named in zip(self._names, inputs, self._examples, self._dims):
-            shape = tuple(given[named[d]] if d in named else n for d, n in enumerate(example.shape))
-            if tuple(value.shape) != shape or value.dtype != example.dtype:
-                raise StepInputError(
-                    f"{name} is {list(value.shape)} {value.dtype}, not {list(shape)} {example.dtype}",
-                    where="inputs of a compiled step",
-                    remedy="Compile the program for these inputs, or convert them.",
-                )
-            if not value.is_contiguous() or value.device.type != "cpu":
-                raise StepInputError(
-                    f"{name} is not a contiguous tensor on the CPU",
-                    where="inputs of a compiled step",
-                    remedy=f"Pass {name}.contiguous(); allocate a state contiguously, as it is written in place.",
-                )
+        """Raise `StepInputError` unless the inputs fit. Objects that passed at these sizes are not looked at again."""
+        passed = self._passed.get(sizes)
+        if passed is None:
+            for i, tensor in enumerate(inputs):
+                self._check_one(i, tensor, sizes)
+            self._passed[sizes] = [weakref.ref(tensor) for tensor in inputs]
+            return
+        for i, (ref, tensor) in enumerate(zip(passed, inputs)):
+            if ref() is not tensor:  # an identity alone would not do: ids are reused
+                self._check_one(i, tensor, sizes)
+                passed[i] = weakref.ref(tensor)
+
+    def _check_one(self, index: int, value: Tensor, sizes: tuple[int, ...]) -> None:
+        name, example, named = self._names[index], self._examples[index], self._dims[index]
+        shape = list(example.shape)
+        if named:
+            given = dict(zip(self._read, sizes))
+            for dim, size in named.items():
+                shape[dim] = given[size]
+        if list(value.shape) != shape or value.dtype != example.dtype:
+            raise StepInputError(
+                f"{name} is {list(value.shape)} {value.dtype}, not {shape} {example.dtype}",
+                where="inputs of a compiled step",
+                remedy="Compile the program for these inputs, or convert them.",
+            )
+        if not value.is_contiguous() or value.device.type != "cpu":
+            raise StepInputError(
+                f"{name} is not a contiguous tensor on the CPU",
+                where="inputs of a compiled step",
+                remedy=f"Pass {name}.contiguous(); allocate a state contiguously, as it is written in place.",
+            )
 
     def _instance(self, sizes: tuple[int, ...]) -> Instance:
         given = dict(zip(self._read, sizes))
@@ -149,7 +164,7 @@ class CompiledStep:
         instance = Instance(made, constants, self._library, self._threads)
         self._instances[sizes] = instance
         if len(self._instances) > self._options.instances:
-            self._checked.pop(self._instances.popitem(last=False)[0], None)
+            self._passed.pop(self._instances.popitem(last=False)[0], None)
         self.report.add_seconds("memory plans", time.perf_counter() - started)
         return instance
 

@@ -197,3 +197,16 @@ def test_interpret_mode_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> No
     step = compile_program(graph_of(model), [*given, *states], options=Options(mode="interpret"))
     assert step(*given, *states)[0].shape == (1, 2, model.shape.vocab)
     assert "interpret" in step.report.notices[0]
+
+
+def test_new_tensors_are_checked_whatever_their_id() -> None:
+    """A loop makes its tokens anew each step, often where the last ones were: each is looked at."""
+    model = Step(Shape())
+    states, given = model.states(1), arguments(model.shape, torch.zeros(1, dtype=torch.int64), 2)
+    step = compile_program(graph_of(model), [*given, *states])
+    for _ in range(20):
+        step(given[0].clone(), *given[1:], *states)
+        with pytest.raises(StepInputError, match="tokens"):
+            step(given[0].clone().to(torch.int16), *given[1:], *states)
+    with pytest.raises(StepInputError, match="0 inputs"):
+        step()
