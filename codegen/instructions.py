@@ -238,7 +238,8 @@ def convert(out: Array, a: Array, *args: Any, **kwargs: Any):
 
 @rule(aten.cat.default)
 def cat(out: Array, parts: Sequence[Array], dim: int = 0):
-    at, instructions = 0, []
+    at = 0
+    instructions: list[Instruction] = []
     for part in parts:
         if part.dtype != out.dtype or part.ndim != out.ndim:
             return None
