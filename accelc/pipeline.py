@@ -10,7 +10,9 @@ from accelc.passes.derive_step import DeriveStep
 from accelc.passes.last_logits import LastLogits
 from accelc.passes.normalise import Normalise
 from accelc.passes.raise_attention import RaiseAttention
+from accelc.passes.raise_gated_activation import RaiseGatedActivation
 from accelc.passes.raise_norms import RaiseNorms
+from accelc.passes.raise_rotary import RaiseRotary
 from accelc.passes.recognise_masks import RecogniseMasks
 
 
@@ -19,8 +21,10 @@ def step_pipeline(extra: Sequence[Pass] = (), disabled: Collection[str] = (), *,
     return Pipeline(
         [
             Normalise(),
-            RaiseAttention(),
             RaiseNorms(),
+            RaiseRotary(),
+            RaiseGatedActivation(),
+            RaiseAttention(),
             AbsorbProjections(),
             DeriveStep(tree=tree),
             RecogniseMasks(),
