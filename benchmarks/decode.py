@@ -63,6 +63,10 @@ def main(
         "environment": describe(),
         "cases": [],
     }
+    if overhead:
+        found = measure_demo_model()
+        console.print(found.text())
+        record["overhead"] = asdict(found)
     folder = work or Path(tempfile.mkdtemp(prefix="accelc-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -81,10 +85,6 @@ def main(
     finally:
         if work is None:
             shutil.rmtree(folder, ignore_errors=True)
-    if overhead:
-        found = measure_demo_model()
-        console.print(found.text())
-        record["overhead"] = asdict(found)
     write(record, out, console)
 
 

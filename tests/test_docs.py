@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import accelc
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,7 +19,7 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
 def context() -> dict[str, object]:
-    """What a page may take as given: a small transformers model and a prompt."""
+    """What a page may take as given: a small transformers model, a prompt, and the usual imports."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -26,7 +29,14 @@ def context() -> dict[str, object]:
         num_key_value_heads=2,
         max_position_embeddings=128,
     )
-    return {"__name__": "docs", "model": LlamaForCausalLM(config).eval(), "ids": torch.tensor([[5, 9, 2]])}
+    return {
+        "__name__": "docs",
+        "torch": torch,
+        "transformers": transformers,
+        "accelc": accelc,
+        "model": LlamaForCausalLM(config).eval(),
+        "ids": torch.tensor([[5, 9, 2]]),
+    }
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name)
@@ -51,5 +61,5 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def test_every_page_is_reachable_from_the_index() -> None:
-    linked = {link for link in LINK.findall((ROOT / "docs" / "index.md").read_text())}
+    linked = set(LINK.findall((ROOT / "docs" / "index.md").read_text()))
     assert {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"} <= linked
