@@ -103,6 +103,12 @@ class Feed:
             if id(value) not in self.modules:
                 raise UncacheableError(f"a {type(value).__name__} that is no submodule", where=where)
             self.add("module", self.modules[id(value)])
+        elif isinstance(value, type):
+            feed_class(self, value, where)
+        elif isinstance(value, types.ModuleType):
+            feed_module(self, value)
+        elif isinstance(value, types.FunctionType):
+            feed_function(self, value, where)
         elif self.first(value):
             self._compound(value, where)
 
@@ -132,12 +138,6 @@ class Feed:
             if not all(type(v) in _PLAIN or isinstance(v, _PRINTED) for v in value):
                 raise UncacheableError("a set of objects", where=where)
             self.add(sorted(map(repr, value)))
-        elif isinstance(value, type):
-            feed_class(self, value, where)
-        elif isinstance(value, types.ModuleType):
-            feed_module(self, value)
-        elif isinstance(value, types.FunctionType):
-            feed_function(self, value, where)
         elif isinstance(value, types.MethodType):
             self.value(value.__func__, where)
             self.value(value.__self__, where)

@@ -44,7 +44,7 @@ def feed_class(feed: Feed, cls: type, where: str) -> None:
         if base in (object, nn.Module):
             continue
         feed.add("class", base.__module__, base.__qualname__)
-        if not feed.first(base) and base is not cls:
+        if not feed.first(base):
             continue
         module = sys.modules.get(base.__module__)
         if not base.__flags__ & _HEAP_TYPE:

@@ -1,9 +1,9 @@
-"""Derived programs on disk: what capture and derivation of a model gave, for the next process that loads the same model.
+"""Derived programs on disk: what capture and derivation of a model gave, for the next process that loads it.
 
-An entry is a folder named by the model's key (`accelc.fingerprint`): one JSON file a program, the tables that derivation
-computed, and a manifest with the checksum of every file. Parameters and buffers are not stored but taken from the model.
-Derivation may have folded parameters into tables; the values of those that it can have folded are recorded, and another
-model of the same key but with other such values is no hit.
+An entry is a folder named by the model's key (`accelc.fingerprint`): one JSON file a program, the tables that
+derivation computed, and a manifest with the checksum of every file. Parameters and buffers are not stored but taken
+from the model. Derivation may have folded parameters into tables; the values of those that it can have folded are
+recorded, and another model of the same key but with other such values is no hit.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def evict(limit: int, keep: Path | None = None) -> None:
 def folded_parameters(programs: Mapping[str, Program], forward: Program) -> set[str]:
     """Paths of the tensors of `forward` whose values can be in the tables of the programs derived from it.
 
-    Those that a program does not read any more, and those that an operation reads which does not depend on the tokens: it
-    may have been evaluated, although the tensor is also read elsewhere.
+    Those that a program does not read any more, and those that an operation reads which does not depend on the tokens:
+    it may have been evaluated, although the tensor is also read elsewhere.
     """
     read = [{_storage(t) for t in program.tensors().values()} for program in programs.values()]
     found = {path for path, t in forward.tensors().items() if not all(_storage(t) in r for r in read)}
@@ -139,12 +139,15 @@ def folded_parameters(programs: Mapping[str, Program], forward: Program) -> set[
     for node in forward.graph.nodes:
         if node.op != "call_function":
             continue
-        if isinstance(node.meta.get("val"), Tensor) and not _reads_shape_only(node.target):
-            if dependent.intersection(node.all_input_nodes):
-                dependent.add(node)
-                continue
-        found |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+        holds_data = not isinstance(node.meta.get("val"), _SIZES) and not _reads_shape_only(node.target)
+        if holds_data and dependent.intersection(node.all_input_nodes):
+            dependent.add(node)
+        else:
+            found |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
     return found
+
+
+_SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _reads_shape_only(target: Any) -> bool:
@@ -165,7 +168,7 @@ def _entry(
     for name, tensor in own.items():
         names.setdefault(_storage(tensor), []).append(name)
     files: dict[str, bytes] = {}
-    tables: dict[tuple[Any, ...], Tensor] = {}
+    tables: dict[Any, Tensor] = {}
     listed = []
     for index, (name, program) in enumerate(programs.items()):
         sources = {path: _source(path, t, own, names, tables) for path, t in program.tensors().items()}
@@ -176,7 +179,8 @@ def _entry(
         raise ProgramFormatError(f"their tables take {size} bytes, more than {MAX_TABLES}")
     plain = {str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(tables.values())}
     files[_TABLES] = save_tensors(plain)
-    folded = {_storage(t) for path, t in forward.tensors().items() if path in folded_parameters(programs, forward)}
+    paths = folded_parameters(programs, forward)
+    folded = {_storage(t) for path, t in forward.tensors().items() if path in paths}
     parameters = dict(model.named_parameters())
     values = {name: tensor_digest(t, name) for name, t in parameters.items() if _storage(t) in folded}
     digests = {name: _digest(content) for name, content in files.items()}
@@ -188,17 +192,16 @@ def _source(
     tensor: Tensor,
     own: dict[str, Tensor],
     names: dict[int, list[str]],
-    tables: dict[tuple[Any, ...], Tensor],
+    tables: dict[Any, Tensor],
 ) -> dict[str, Any]:
-    """Where a tensor of a program comes from: a tensor of the model, a view of one, or a table (then added to `tables`)."""
-    geometry = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
+    """Where a tensor of a program comes from: the model, a view of one of its, or a table (then added to `tables`)."""
     owners = names.get(_storage(tensor), [])
     if owners:
         owner = path if path in owners else owners[0]
         if own[owner].dtype != tensor.dtype:
             raise ProgramFormatError(f"{path} reads {owner} as {tensor.dtype}")
-        return {"model": owner, "view": geometry}
-    identity = (_storage(tensor), tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        return {"model": owner, "of": _geometry(own[owner]), "view": _geometry(tensor)}
+    identity = (_storage(tensor), tensor.dtype, str(_geometry(tensor)))
     tables.setdefault(identity, tensor)
     return {"table": str(list(tables).index(identity)), "device": str(tensor.device)}
 
@@ -207,10 +210,14 @@ def _bind(source: dict[str, Any], own: Mapping[str, Tensor], tables: Mapping[str
     """The tensor that `_source` described."""
     if "table" in source:
         return tables[source["table"]].to(source["device"])
-    tensor, (shape, stride, offset) = own[source["model"]], source["view"]
-    if [list(tensor.shape), list(tensor.stride()), tensor.storage_offset()] == [shape, stride, offset]:
-        return tensor
-    return tensor.detach().as_strided(shape, stride, offset)
+    tensor = own[source["model"]]
+    if _geometry(tensor) != source["of"]:
+        raise ProgramFormatError(f"{source['model']} is {_geometry(tensor)} in the model, was {source['of']}")
+    return tensor if source["view"] == source["of"] else tensor.detach().as_strided(*source["view"])
+
+
+def _geometry(tensor: Tensor) -> list[Any]:
+    return [list(tensor.shape), list(tensor.stride()), tensor.storage_offset()]
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
