@@ -69,7 +69,7 @@ def _functions(value: object) -> list[types.FunctionType]:
     """The functions behind an attribute of a class."""
     if isinstance(value, staticmethod | classmethod):
         value = value.__func__
-    found = [value.fget, value.fset] if isinstance(value, property) else [value]
+    found: list[object] = [value.fget, value.fset] if isinstance(value, property) else [value]
     if isinstance(value, functools.cached_property):
         found = [value.func]
     return [f for f in found if isinstance(f, types.FunctionType)]
@@ -108,7 +108,7 @@ def feed_module(feed: Feed, module: types.ModuleType) -> None:
         return
     file = getattr(module, "__file__", None)
     versioned = file is None or is_versioned(file)
-    if not versioned and os.path.isfile(file):
+    if file is not None and not versioned and os.path.isfile(file):
         feed.add(file_digest(file))
     for name, value in sorted(vars(module).items()):
         if isinstance(value, types.FunctionType):

@@ -139,6 +139,16 @@ def test_classes_replaced_from_outside_are_seen(key: str, monkeypatch: pytest.Mo
     assert model_key(build(), max_length=32) == key
 
 
+def test_registered_attention_functions_are_seen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    keys = {key}
+    for scale in (1.0, 2.0):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda module, q, k, v, *_, s=scale, **__: (q * s, None))
+        keys.add(model_key(build(), max_length=32))
+    assert len(keys) == 3
+
+
 SOURCE = """
 import torch
 from torch import nn

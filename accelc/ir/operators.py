@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+import types
 from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
@@ -19,7 +20,7 @@ REFUSED = frozenset({"aten.from_file.default", "aten.from_file.out"})
 """Operators that reach outside the program's tensors."""
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ARITY = {
+_ARITY: dict[types.ModuleType, dict[int, tuple[str, ...]]] = {
     operator: {
         1: ("neg", "pos", "abs", "not_", "invert"),
         2: (
