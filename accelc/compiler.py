@@ -12,11 +12,13 @@ from torch import nn
 from accelc.capture import capture, load_model
 from accelc.codegen import CompiledStep, Options, compile_program
 from accelc.decoder import CompiledDecoder, CompileReport
+from accelc.fingerprint import fingerprint
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import InputError, UnknownOptionError
 from accelc.passes import Pass
-from accelc.passes.check_step import Mode, check_step
+from accelc.passes.check_step import check_step
 from accelc.pipeline import prefill_pipeline, step_pipeline
+from accelc.program_cache import load_programs, store_programs
 from accelc.runtime import cache_capacity
 
 Backend = Literal["native", "eager"]
@@ -37,6 +39,7 @@ def compile(
     disable: Collection[str] = (),
     require: Exactness = Exactness.DISTRIBUTION,
     check: Check = "quick",
+    cache: bool = True,
     tokenizer: Any = None,
     eos: int | Sequence[int] | None = None,
     **unknown: object,
@@ -50,6 +53,7 @@ def compile(
     * ``backend``: "native" compiles the step for CPUs; "eager" runs its graph node by node.
     * ``passes``: further passes for the step; ``disable``: names of passes to leave out; ``require``: the weakest guarantee.
     * ``check``: how thoroughly the compiled step is compared with the model before it is handed out.
+    * ``cache``: keep the programs on disk, and take them from there when an earlier process compiled the same model.
     * ``tokenizer``: for texts and stop strings; ``eos``: token ids that end a row; both default to the directory's or model's.
 
     Raises CaptureError, DeriveError, NotCausalError, CheckError, ExactnessError, InputError, UnknownOptionError.
@@ -57,7 +61,7 @@ def compile(
     if unknown:
         raise UnknownOptionError(
             f"accelc.compile has no option {', '.join(sorted(unknown))}",
-            remedy="Known: max_length, max_batch, chunk, backend, passes, disable, require, check, tokenizer, eos.",
+            remedy="Known: max_length, max_batch, chunk, backend, passes, disable, require, check, cache, tokenizer, eos.",
         )
     if backend not in ("native", "eager"):
         raise InputError(f"backend is {backend!r}", remedy="Use 'native' or 'eager'.")
@@ -68,25 +72,41 @@ def compile(
         model = load_model(model)
     length = max_length if max_length is not None else default_length(model)
     chunk = min(chunk, length)
+    capacity = cache_capacity(length, chunk)
     report = CompileReport()
-    with report.stage("capture"):
-        forward = capture(model, max_length=length)
-    with report.stage("passes"):
-        step = step_pipeline(passes, disable).run(forward, require=require)
-        prefill = prefill_pipeline().run(step)
-    notices = report.notices
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type != "cpu" and backend == "native":
-        notices.append(f"the native backend is for CPUs; the step runs node by node on {device}")
+        report.notices.append(f"the native backend is for CPUs; the step runs node by node on {device}")
         backend = "eager"
-    capacity = cache_capacity(length, chunk)
-    run_step, run_prefill = runner(step, backend, capacity, report), runner(prefill, backend, capacity, report)
-    if check != "off":
+    # Passes of others may change without a trace in the key; a full check needs the forward anyway.
+    key = None
+    if cache and not passes and check != "full":
+        with report.stage("cache"):
+            key = fingerprint(model, max_length=length, disabled=sorted(disable), require=str(require))
+            programs = load_programs(key, model) if key is not None else None
+    else:
+        programs = None
+    forward: Program | None = None
+    if programs is None:
+        with report.stage("capture"):
+            forward = capture(model, max_length=length)
+        with report.stage("passes"):
+            step = step_pipeline(passes, disable).run(forward, require=require)
+            programs = {"step": step, "prefill": prefill_pipeline().run(step)}
+    else:
+        report.notices.append("programs from the cache: captured, derived and checked by an earlier process")
+    step = programs["step"]
+    run_step = runner(step, backend, capacity, report)
+    run_prefill = runner(programs["prefill"], backend, capacity, report)
+    if forward is not None and check != "off":
         with report.stage("check"):
             report.modes = check_step(forward, step, run_step, length=CHECK_LENGTH[check], capacity=capacity)
-    facts: dict[str, Any] = forward.facts["capture"]  # type: ignore[assignment]
+        if key is not None:
+            with report.stage("cache"):
+                store_programs(key, programs, model, forward)
+    facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
     return CompiledDecoder(
-        {"step": step, "prefill": prefill},
+        programs,
         report,
         decode=run_step,
         many=run_step,
@@ -145,4 +165,4 @@ def load_tokenizer(source: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(source, local_files_only=True)
 
 
-__all__ = ["Mode", "compile"]
+__all__ = ["compile"]
