@@ -82,7 +82,8 @@ def compile(
     key = None
     if cache and not passes and check != "full":
         with report.stage("cache"):
-            key = fingerprint(model, max_length=length, disabled=sorted(disable), require=str(require))
+            pipelines = f"{step_pipeline(disabled=disable)}; {prefill_pipeline()}"
+            key = fingerprint(model, max_length=length, pipelines=pipelines, require=str(require))
             programs = load_programs(key, model) if key is not None else None
     else:
         programs = None

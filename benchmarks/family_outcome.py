@@ -36,7 +36,7 @@ def derive_and_check(model: TokensToLogits) -> tuple[Outcome, str]:
     from accelc.ir.errors import AccelcError, NotCausalError
 
     try:
-        decoder = accelc.compile(model.model, max_length=MAX_LENGTH, backend="eager")
+        decoder = accelc.compile(model.model, max_length=MAX_LENGTH, backend="eager", cache=False)
         difference = _greedy_difference(model, decoder) or _logits_difference(model, decoder)
     except NotCausalError as error:
         return Outcome.NOT_CAUSAL, _describe(error)

@@ -45,10 +45,14 @@ class Cached:
 VIEWS = {
     aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze,
     aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.clone, aten.contiguous, aten.t,
+    aten.repeat, aten.repeat_interleave,
 }  # fmt: skip
 """Operations that move no bytes when fused into their consumer."""
 
 CONTRACTIONS = {aten.linear, aten.matmul, aten.bmm, aten.mm, aten.addmm, aten.baddbmm, aten.einsum}
+
+IN_CACHE = 0.25
+"""What a byte costs that is written and read again at once, as a share of one from memory: it stays in a processor cache."""
 
 TIE = 1e-15
 """Seconds added to every recomputation, so that among equal cuts the one nearest the mixing operation wins."""
@@ -118,10 +122,9 @@ def compute_time(analysis: Analysis, want: Want, call: Call, rates: Rates) -> fl
         return TIE
     elements = _elements(analysis, want.node)
     itemsize = want.node.meta["val"].dtype.itemsize if isinstance(want.node.meta["val"], torch.Tensor) else 4
-    moved = 2 * elements * itemsize / rates.bytes
-    if packet in CONTRACTIONS:
-        return TIE + 2 * elements * _inner(analysis, want.node) / rates.flops + moved
-    return TIE + 4 * elements / rates.flops + moved / 4
+    moved = IN_CACHE * 2 * elements * itemsize / rates.bytes
+    operations = 2 * _inner(analysis, want.node) if packet in CONTRACTIONS else 4
+    return TIE + elements * operations / rates.flops + moved
 
 
 def _elements(analysis: Analysis, node: fx.Node) -> int:

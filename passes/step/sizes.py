@@ -72,6 +72,7 @@ class Symbols:
 @functools.lru_cache(maxsize=4096)
 def _fit(symbols: Symbols, expr: sympy.Expr) -> Size | None:
     """Solve the polynomial from four corners and verify it at other points."""
+
     def at(b: int, t: int) -> int:
         return int(expr.subs({symbols.batch: b, symbols.length: t}))
 
