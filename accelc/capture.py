@@ -35,10 +35,6 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
 
     Raises MetaDeviceError, NoLogitsError, CaptureError.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if max_length < 2:
-        raise InputError(f"max_length is {max_length}", remedy="Use at least 2 tokens.")
     on_meta = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
     if on_meta:
         raise MetaDeviceError(f"{len(on_meta)} tensors are on the meta device, the first: {on_meta[0]}")

@@ -31,17 +31,23 @@ def generate(
     model: MODEL,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; '-' or nothing reads standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence; default: the model's, up to 4096.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest sequence; default: the model's, up to 4096.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together reach this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")] = 0.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")
+    ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Run the step node by node instead of compiling it.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Print what compiling did, and statistics, to stderr.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Print what compiling did, and statistics, to stderr.")
+    ] = False,
 ) -> None:
     """Continue a prompt with the model in a directory; the text streams to standard output."""
     with _named_errors():
@@ -61,7 +67,7 @@ def generate(
                 sys.stdout.flush()
             sys.stdout.write("\n")
             if report:
-                errors.print(str(stream.result().statistics))
+                errors.print(str(stream.result.statistics))
 
 
 @app.command()
@@ -88,7 +94,9 @@ def passes() -> None:
     Console().print(table)
 
 
-def _prepare(model: Path, max_length: int | None, dtype: str | None, eager: bool, options: dict[str, Any]) -> tuple[Any, Any]:
+def _prepare(
+    model: Path, max_length: int | None, dtype: str | None, eager: bool, options: dict[str, Any]
+) -> tuple[Any, Any]:
     import torch
 
     import accelc
@@ -102,7 +110,9 @@ def _prepare(model: Path, max_length: int | None, dtype: str | None, eager: bool
     sampling = accelc.SamplingParams(**options)
     tokenizer = load_tokenizer(model)
     if tokenizer is None and (model / "config.json").is_file():
-        raise InputError(f"no tokenizer in {model}", remedy="Save one beside the model: tokenizer.save_pretrained(directory).")
+        raise InputError(
+            f"no tokenizer in {model}", remedy="Save one beside the model: tokenizer.save_pretrained(directory)."
+        )
     loaded = load_model(model, dtype=dtypes[dtype])
     with errors.status("compiling ..."):
         decoder = accelc.compile(

@@ -70,7 +70,11 @@ def compile(
     if isinstance(model, str | Path):
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         model = load_model(model)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module or a directory, got {type(model).__name__}")
     length = max_length if max_length is not None else default_length(model)
+    if length < 2:
+        raise InputError(f"max_length is {length}", remedy="Use at least 2 tokens.")
     chunk = min(chunk, length)
     capacity = cache_capacity(length, chunk)
     report = CompileReport()

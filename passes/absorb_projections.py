@@ -23,6 +23,7 @@ VIEWS = {
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor,
     aten.split_with_sizes.default, aten.split.Tensor, aten.unsqueeze.default, aten.squeeze.dims, aten.select.int,
     aten.clone.default, aten.contiguous.default, operator.getitem, aten.chunk.default,
+    aten.unbind.int,
 }  # fmt: skip
 """Operations that only rearrange the features of a projection."""
 

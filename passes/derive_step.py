@@ -51,12 +51,8 @@ class DeriveStep(Pass):
         cached = derivation.cut(list(roots.values()), Rates(self.bytes_per_second, self.flops_per_second))
         step = derivation.emit(roots, cached, self.tree)
         step = replace(step, facts={**program.facts, "cut": cached})
-        notes = [
-            f"{spec.origin}: {list(spec.shape)} {spec.dtype}, {spec.bytes_per_token()} bytes a token"
-            for spec in step.states
-        ]
         total = sum(spec.bytes_per_token() for spec in step.states)
-        return PassResult(step, len(step.states) or 1, (f"{total} bytes a cached token", *notes, *tables.notes))
+        return PassResult(step, len(step.states) or 1, (f"{total} bytes a cached token", *tables.notes))
 
 
 class Derivation:

@@ -1,0 +1,166 @@
+"""accelc.compile: defaults, named errors, the program cache, the report."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from greedy import reference
+from torch import Tensor, nn
+
+import accelc
+from accelc.ir.errors import (
+    AccelcError,
+    CaptureError,
+    ExactnessError,
+    InputError,
+    MetaDeviceError,
+    NoLogitsError,
+    PromptTooLongError,
+    UnknownOptionError,
+    UnknownPassError,
+)
+
+PROMPT = torch.tensor([5, 9, 11, 4])
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ACCELC_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+class Returns(nn.Module):
+    """A bigram model whose forward wraps its logits in something."""
+
+    def __init__(self, wrap: object) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, 11)
+        self.wrap = wrap
+
+    def forward(self, ids: Tensor) -> object:
+        return self.wrap(self.table(ids))  # type: ignore[operator]
+
+
+def test_generate_is_what_the_model_says() -> None:
+    model = FAMILIES["llama"].build()
+    decoder = accelc.compile(model, max_length=64, cache=False)
+    got = decoder.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
+    assert got.tokens[0].tolist() == reference(model, PROMPT, 20)
+    assert model.training is False
+
+
+def test_weights_are_shared_with_the_model() -> None:
+    model = FAMILIES["llama"].build()
+    decoder = accelc.compile(model, max_length=32, cache=False)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    tensors = decoder.programs["step"].tensors()
+    mine = {t.untyped_storage().data_ptr() for name, t in tensors.items() if not name.startswith("accelc_tables")}
+    assert mine <= own | {b.untyped_storage().data_ptr() for b in model.buffers()}
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x, None), lambda x: {"logits": x}], ids=["tensor", "tuple", "dict"]
+)
+def test_forwards_may_return_logits_in_several_ways(wrap: object) -> None:
+    model = Returns(wrap)
+    if isinstance(wrap(torch.zeros(1)), dict):  # type: ignore[operator]
+        with pytest.raises(NoLogitsError, match="dict"):
+            accelc.compile(model, max_length=16, cache=False)
+        return
+    decoder = accelc.compile(model, max_length=16, cache=False)
+    table = model.table.weight.argmax(-1)
+    assert decoder.generate([3], max_new_tokens=2).tokens[0].tolist() == [int(table[3]), int(table[table[3]])]
+
+
+def test_second_compilation_takes_the_programs_from_the_cache(fresh_cache: Path) -> None:
+    model = FAMILIES["gpt2"].build()
+    first = accelc.compile(model, max_length=48)
+    second = accelc.compile(FAMILIES["gpt2"].build(), max_length=48)
+    assert "capture" in first.report.seconds
+    assert "capture" not in second.report.seconds
+    assert any("from the cache" in notice for notice in second.report.notices)
+    tokens = [d.generate(PROMPT, max_new_tokens=24, ignore_eos=True).tokens[0].tolist() for d in (first, second)]
+    assert tokens[0] == tokens[1]
+    assert "capture" in accelc.compile(model, max_length=40).report.seconds, "another length is another program"
+
+
+def test_default_length_is_the_models_own() -> None:
+    assert accelc.compile(FAMILIES["llama"].build(), cache=False, check="off", backend="eager").max_length == 256
+    with pytest.raises(InputError, match="max_length is not given"):
+        accelc.compile(Returns(lambda x: x), cache=False)
+
+
+def test_bad_options_are_named() -> None:
+    model = Returns(lambda x: x)
+    with pytest.raises(UnknownOptionError, match="max_lenght"):
+        accelc.compile(model, max_lenght=16)
+    with pytest.raises(UnknownPassError, match="no_such_pass"):
+        accelc.compile(model, max_length=16, disable=["no_such_pass"], cache=False)
+    with pytest.raises(InputError, match="backend"):
+        accelc.compile(model, max_length=16, backend="fast")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="check"):
+        accelc.compile(model, max_length=16, check="maybe")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="max_length"):
+        accelc.compile(model, max_length=1)
+    with pytest.raises(InputError, match=r"torch\.nn\.Module"):
+        accelc.compile(lambda ids: ids, max_length=16)  # type: ignore[arg-type]
+
+
+def test_bad_models_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MetaDeviceError, match="meta"):
+        accelc.compile(Returns(lambda x: x).to("meta"), max_length=16)
+    with pytest.raises(NoLogitsError, match=r"\[2, 11\]"):
+        accelc.compile(Returns(lambda x: x.mean(1)), max_length=16)
+    with pytest.raises(CaptureError, match="dynamic batch and length"):
+        accelc.compile(Returns(lambda x: x * (2 if x.sum() > 0 else 3)), max_length=16)
+    with pytest.raises(InputError, match=r"config\.json"):
+        accelc.compile(tmp_path, max_length=16)
+
+
+def test_a_guarantee_is_required_before_any_pass_runs() -> None:
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from accelc.ir import Exactness, Program
+    from accelc.passes import Pass, PassResult
+
+    @dataclass(frozen=True)
+    class Rough(Pass):
+        name: ClassVar[str] = "test.rough"
+        after: ClassVar[tuple[str, ...]] = ("derive_step",)
+        exactness: ClassVar[Exactness] = Exactness.LOSSY
+
+        def run(self, program: Program) -> PassResult:
+            return PassResult(program.clone(), 1)
+
+    model = FAMILIES["llama"].build()
+    with pytest.raises(ExactnessError, match=r"test\.rough is lossy|would not be"):
+        accelc.compile(model, max_length=32, passes=[Rough()], cache=False)
+    decoder = accelc.compile(
+        model, max_length=32, passes=[Rough()], cache=False, require=Exactness.LOSSY, backend="eager", check="off"
+    )
+    assert decoder.programs["step"].exactness is Exactness.LOSSY
+
+
+def test_report_names_passes_caches_and_check() -> None:
+    text = str(accelc.compile(FAMILIES["bloom"].build(), max_length=32, cache=False))
+    for word in ("derive_step", "causal with ALiBi slopes", "bytes a token", "token by token", "capture"):
+        assert word in text
+
+
+def test_decoder_is_usable_after_an_error() -> None:
+    model = FAMILIES["llama"].build()
+    decoder = accelc.compile(model, max_length=16, cache=False)
+    with pytest.raises(PromptTooLongError):
+        decoder.generate(torch.arange(1, 30), max_new_tokens=4)
+    for bad in (
+        torch.tensor([500]),
+        torch.tensor([], dtype=torch.int64),
+        torch.tensor([1.5]),
+        torch.zeros(1, 1, 1).long(),
+    ):
+        with pytest.raises(AccelcError):
+            decoder.generate(bad, max_new_tokens=2)
+    assert decoder.generate(PROMPT, max_new_tokens=8, ignore_eos=True).tokens[0].tolist() == reference(model, PROMPT, 8)
