@@ -29,9 +29,9 @@ aten = torch.ops.aten
 def capture(model: nn.Module, *, max_length: int) -> Program:
     """Capture `model` as a forward program: tokens [B, T] int64 -> logits [B, T, V], B and T symbolic.
 
-    The forward may return the logits tensor, a tuple that starts with it, or an object with ``.logits``. It is traced in
-    evaluation mode, without gradient, and without a cache of its own (``use_cache=False`` where it takes that argument).
-    Weights are shared with the model, not copied.
+    The forward may return the logits tensor, a tuple that starts with it, or an object with ``.logits``. It is traced
+    in evaluation mode, without gradient, and without a cache of its own (``use_cache=False`` where it takes that
+    argument). Weights are shared with the model, not copied.
 
     Raises MetaDeviceError, NoLogitsError, CaptureError.
     """
@@ -101,28 +101,67 @@ class LogitsOnly(nn.Module):
         return logits
 
 
-def _export(wrapper: nn.Module, example: Tensor, max_length: int) -> torch.export.ExportedProgram:
-    """Export with symbolic batch and length. A buffer of exactly max_length makes torch guard length != max_length; the
-    length is then bounded one lower for tracing, which changes nothing for the tables that are evaluated later."""
+def _export(wrapper: LogitsOnly, example: Tensor, max_length: int) -> torch.export.ExportedProgram:
+    """Export with symbolic batch and length.
+
+    A buffer of exactly max_length makes torch guard length != max_length; the length is then bounded one lower for
+    tracing, which changes nothing for the tables that are evaluated later. Guards that torch cannot prove for all
+    lengths become assertions in the graph, which `_check_assertions` evaluates.
+    """
     failure: Exception | None = None
-    for bound in (max_length, max_length - 1):
+    for bound, deferred in ((max_length, False), (max_length - 1, False), (max_length, True)):
         batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
         length = torch.export.Dim("length", min=2, max=max(bound, EXAMPLE[1] + 1))
         try:
-            return torch.export.export(wrapper, (example,), dynamic_shapes=({0: batch, 1: length},), strict=False)
+            exported = torch.export.export(
+                wrapper,
+                (example,),
+                dynamic_shapes=({0: batch, 1: length},),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=deferred,
+            )
         except NoLogitsError:
             raise
         except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated classes; all mean "not capturable"
             failure = failure or error
+            if "Constraints violated" not in str(error):
+                break
+        else:
+            _check_assertions(exported, max_length)
+            return exported
     reason = str(failure).strip().splitlines()
     raise CaptureError(
-        f"torch.export cannot trace {type(wrapper.model).__name__} with dynamic batch and length: {type(failure).__name__}: "
-        + " ".join(reason[:3])[:600]
+        f"torch.export cannot trace {type(wrapper.model).__name__} with dynamic batch and length: "
+        f"{type(failure).__name__}: " + " ".join(reason[:3])[:600]
     ) from failure
 
 
+def _check_assertions(exported: torch.export.ExportedProgram, max_length: int) -> None:
+    """Raise CaptureError when the graph asserts something of its sizes that is false for some batch or length.
+
+    Passes remove assertions, so they are evaluated here: at all lengths up to 64, powers of two and the longest.
+    """
+    tokens = next(n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs)
+    b, t = (size.node.expr for size in tokens.meta["val"].shape)
+    lengths = sorted({*range(2, min(64, max_length) + 1), *(1 << k for k in range(7, 24)), max_length})
+    for node in exported.graph.nodes:
+        if node.target is not torch.ops.aten._assert_scalar.default or not isinstance(node.args[0], fx.Node):
+            continue
+        condition = node.args[0].meta["val"]
+        if not isinstance(condition, torch.SymBool):
+            continue
+        expression = condition.node.expr
+        if expression.free_symbols - {b, t}:
+            raise CaptureError(f"the forward asserts something of its data: {expression}")
+        for length in (n for n in lengths if n <= max_length):
+            if not all(bool(expression.subs({b: batch, t: length})) for batch in (1, 2, 3)):
+                raise CaptureError(f"the traced forward does not hold at length {length}: it assumes {expression}")
+
+
 def _is_functional(graph: fx.Graph) -> bool:
-    """Whether no operator writes to its arguments and no subgraph call is left (then decomposition, which is slow, is moot)."""
+    """Whether no operator writes to its arguments and no subgraph call is left (then decomposition, which is slow, is
+    moot).
+    """
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return False

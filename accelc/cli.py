@@ -53,7 +53,8 @@ def generate(
     with _named_errors():
         decoder, sampling = _prepare(
             model, max_length, dtype, eager,
-            {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
+            {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty":
+            repetition_penalty},
         )  # fmt: skip
         if report:
             errors.print(decoder.renderable())

@@ -51,17 +51,20 @@ def compile(
     * ``max_length``: longest sequence, prompt included; default: the configuration's own limit, at most 4096.
     * ``max_batch``: refuse larger batches; None takes any. ``chunk``: most prompt tokens one prefill step takes.
     * ``backend``: "native" compiles the step for CPUs; "eager" runs its graph node by node.
-    * ``passes``: further passes for the step; ``disable``: names of passes to leave out; ``require``: the weakest guarantee.
+    * ``passes``: further passes for the step; ``disable``: names of passes to leave out; ``require``: the weakest
+      guarantee.
     * ``check``: how thoroughly the compiled step is compared with the model before it is handed out.
     * ``cache``: keep the programs on disk, and take them from there when an earlier process compiled the same model.
-    * ``tokenizer``: for texts and stop strings; ``eos``: token ids that end a row; both default to the directory's or model's.
+    * ``tokenizer``: for texts and stop strings; ``eos``: token ids that end a row; both default to the directory's or
+      model's.
 
     Raises CaptureError, DeriveError, NotCausalError, CheckError, ExactnessError, InputError, UnknownOptionError.
     """
     if unknown:
         raise UnknownOptionError(
             f"accelc.compile has no option {', '.join(sorted(unknown))}",
-            remedy="Known: max_length, max_batch, chunk, backend, passes, disable, require, check, cache, tokenizer, eos.",
+            remedy="Known: max_length, max_batch, chunk, backend, passes, disable, require, check, cache, tokenizer, "
+            "eos.",
         )
     if backend not in ("native", "eager"):
         raise InputError(f"backend is {backend!r}", remedy="Use 'native' or 'eager'.")

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from accelc.ir.errors import AccelcError
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "sympy", "networkx", "accelerate", "tokenizers", "matplotlib")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "sympy",
+    "networkx",
+    "accelerate",
+    "tokenizers",
+    "matplotlib",
+)
 
 
 def diagnose(console: Console) -> bool:

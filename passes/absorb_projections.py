@@ -57,9 +57,10 @@ class AbsorbProjections(Pass):
     """Where keys and values are projections of one latent, attend to the latent itself when that is modelled faster.
 
     Queries are multiplied by the key projection and results by the value projection, so that the latent (and whatever
-    part of the keys all heads share, such as its rotary part) is all that has to be cached: this is how multi-head latent
-    attention (DeepSeek-V2, section 2.1) is meant to run. Attention then has one key head. Modelled per past token: bytes
-    read and arithmetic, before and after. Projections with a bias, and keys changed after the projection, are left alone.
+    part of the keys all heads share, such as its rotary part) is all that has to be cached: this is how multi-head
+    latent attention (DeepSeek-V2, section 2.1) is meant to run. Attention then has one key head. Modelled per past
+    token: bytes read and arithmetic, before and after. Projections with a bias, and keys changed after the
+    projection, are left alone.
     """
 
     name = "absorb_projections"
@@ -84,7 +85,9 @@ class AbsorbProjections(Pass):
             parts, value = found
             before, after = self._times(node, parts, value)
             latent = f"{value.latent.name} [{_width(value.latent)}]"
-            notes.append(f"{node.name}: {before * 1e9:.1f} ns a past token per head's keys, {after * 1e9:.1f} ns over {latent}")
+            notes.append(
+                f"{node.name}: {before * 1e9:.1f} ns a past token per head's keys, {after * 1e9:.1f} ns over {latent}"
+            )
             if after < before:
                 _rewrite(program, node, parts, value)
                 matches += 1
@@ -129,7 +132,7 @@ def projection(value: fx.Node) -> Projected | None:
     while node.target in VIEWS:
         chain.append(node)
         node = node.args[0]
-    if node.target is not aten.linear.default or len(node.args) > 2 and node.args[2] is not None:
+    if node.target is not aten.linear.default or (len(node.args) > 2 and node.args[2] is not None):
         return None
     if node.args[1].op != "get_attr":
         return None
@@ -149,9 +152,13 @@ def projection(value: fx.Node) -> Projected | None:
 
 
 def scatters_to_cat(graph: fx.Graph) -> None:
-    """A buffer filled part by part along its last dim (slice_scatter chains of functionalised writes) is a cat of the parts."""
+    """A buffer filled part by part along its last dim (slice_scatter chains of functionalised writes) is a cat of the
+    parts.
+    """
     for node in list(graph.nodes):
-        if node.target is not aten.slice_scatter.default or any(u.target is aten.slice_scatter.default for u in node.users):
+        if node.target is not aten.slice_scatter.default or any(
+            u.target is aten.slice_scatter.default for u in node.users
+        ):
             continue
         parts: dict[int, tuple[int, fx.Node]] = {}
         last, link = node.meta["val"].dim() - 1, node

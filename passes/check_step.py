@@ -40,9 +40,10 @@ def check_step(
 ) -> tuple[Mode, ...]:
     """Run `step` and `forward` on the same random tokens and compare the logits at every position.
 
-    `run` is what to run in place of the step's own graph: its compiled form, for states of `capacity` slots. Token by token, in uneven chunks, two rows at different lengths, after a rollback of one row, and, for steps with a
-    ``tree`` input, as trees; with a direct probe that the forward is causal and a control that must fail. Returns the error
-    of each way. Raises `NotCausalError` or `CheckError`, which names the first way that differs.
+    `run` is what to run in place of the step's own graph: its compiled form, for states of `capacity` slots. Token by
+    token, in uneven chunks, two rows at different lengths, after a rollback of one row, and, for steps with a
+    ``tree`` input, as trees; with a direct probe that the forward is causal and a control that must fail. Returns the
+    error of each way. Raises `NotCausalError` or `CheckError`, which names the first way that differs.
     """
     facts: dict[str, object] = forward.facts["capture"]  # type: ignore[assignment]
     vocabulary, longest = int(facts["vocab_size"]), int(facts["max_length"])  # type: ignore[call-overload]
@@ -113,7 +114,7 @@ def _call(step: Program, run: Step, tokens: Tensor, positions: Tensor, lengths: 
 def _run_chunks(
     step: Program, run: Step, states: list[Tensor], tokens: Tensor, chunks: list[int], expected: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    batch, length = tokens.shape
+    batch = len(tokens)
     done = 0
     for n in chunks:
         positions = torch.arange(done, done + n, device=tokens.device).expand(batch, n)

@@ -25,11 +25,14 @@ accelc = torch.ops.accelc
 @register_pass
 @dataclass(frozen=True)
 class DeriveStep(Pass):
-    """From a forward program, tokens [B, T] -> logits [B, T, V], to a step: tokens, positions [B, N], lengths [B] and caches.
+    """From a forward program, tokens [B, T] -> logits [B, T, V], to a step over caches.
 
-    Backward from the logits, every sequence dim is wanted as Query or Key; what is wanted as Key is cached or recomputed by
-    the minimum cut; index-domain values are looked up at positions. Refuses, naming node and reason, what it cannot follow.
-    The result is exact for causal models; `accelc.passes.check_step` verifies it by running both.
+    The step takes tokens and positions [B, N], lengths [B] and its states.
+
+    Backward from the logits, every sequence dim is wanted as Query or Key; what is wanted as Key is cached or
+    recomputed by the minimum cut; index-domain values are looked up at positions. Refuses, naming node and reason,
+    what it cannot follow. The result is exact for causal models; `accelc.passes.check_step` verifies it by running
+    both.
     """
 
     name = "derive_step"

@@ -23,9 +23,11 @@ TOKENWISE = {
 @register_pass
 @dataclass(frozen=True)
 class LastLogits(Pass):
-    """A step whose logits [B, 1, V] are those of token last[b] alone, ``last [B]`` int64 being a new input after lengths.
+    """A step whose logits [B, 1, V] are those of token last[b] alone, ``last [B]`` int64 being a new input after
+    lengths.
 
-    The choice is moved before the output projection, whose cost is then that of one token; the states are updated as before.
+    The choice is moved before the output projection, whose cost is then that of one token; the states are updated as
+    before.
     """
 
     name = "last_logits"
@@ -55,7 +57,9 @@ class LastLogits(Pass):
 
 
 def hidden_states(logits: fx.Node) -> fx.Node:
-    """The input of the output projection when every operation from there to `logits` treats tokens alike, else `logits`."""
+    """The input of the output projection when every operation from there to `logits` treats tokens alike, else
+    `logits`.
+    """
     node = logits
     while len(node.users) == 1 and node.op == "call_function":
         if node.target is aten.linear.default:

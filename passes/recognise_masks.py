@@ -1,4 +1,6 @@
-"""RecogniseMasks: attention biases of the step that are a known family are computed by the kernel, not read from memory."""
+"""RecogniseMasks: attention biases of the step that are a known family are computed by the kernel, not read from
+memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ accelc = torch.ops.accelc
 aten = torch.ops.aten
 
 HIDDEN = -1e4
-"""A float bias at or below this hides a slot: models use -inf, the least number of a dtype, or -1e4 (early GPT code)."""
+"""A float bias at or below this hides a slot: models use -inf, the least number of a dtype, or -1e4 (early GPT code).
+"""
 
 ARGUMENTS = {"tree": 5, "bias": 6, "slopes": 8, "mask": 9, "window": 10}
 """Places of the arguments of `accelc::attention`."""
@@ -43,8 +46,8 @@ class Family:
 class RecogniseMasks(Pass):
     """Replace biases that follow from positions alone by a mask family: causal, window, chunk, ALiBi.
 
-    A bias is evaluated at query positions across the longest sequence against every key position and compared with what the
-    family would give; only a full agreement replaces it. Others stay as tensors and are noted.
+    A bias is evaluated at query positions across the longest sequence against every key position and compared with
+    what the family would give; only a full agreement replaces it. Others stay as tensors and are noted.
     """
 
     name = "recognise_masks"
@@ -95,7 +98,8 @@ def probe_positions(longest: int, rows: int) -> Tensor:
 
 
 def evaluate(program: Program, bias: fx.Node, positions: Tensor, longest: int) -> Tensor | None:
-    """The bias for one row whose `longest` committed tokens are seen from query `positions`: broadcastable to [1, H, R, L].
+    """The bias for one row whose `longest` committed tokens are seen from query `positions`: broadcastable to [1, H,
+    R, L].
 
     None when it depends on tokens or states.
     """
@@ -205,5 +209,4 @@ def _slopes(program: Program, node: fx.Node, bias: fx.Node, slopes: Tensor) -> f
     device = next(iter(program.tensors().values())).device
     store(program.module, path, slopes.to(device))
     with program.graph.inserting_before(node):
-        attribute = program.graph.get_attr(path)
-    return attribute
+        return program.graph.get_attr(path)

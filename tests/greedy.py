@@ -41,7 +41,9 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def reference(model: nn.Module, prompt: Tensor, new_tokens: int) -> list[int]:
-    """Greedy continuation of prompt [T]: transformers' generate where the model has it, else the forward again and again."""
+    """Greedy continuation of prompt [T]: transformers' generate where the model has it, else the forward again and
+    again.
+    """
     if hasattr(model, "generate"):
         with torch.no_grad():
             out = model.generate(

@@ -102,7 +102,9 @@ class Program:
 
 
 def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A graph module that generates its Python code only if it is called as a function, which costs as much as a pass."""
+    """A graph module that generates its Python code only if it is called as a function, which costs as much as a
+    pass.
+    """
     return lazy_graph_module(root, graph)
 
 

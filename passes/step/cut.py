@@ -1,13 +1,14 @@
 """What to cache: a minimum cut between token-wise work and the operations that mix tokens.
 
 Every value wanted in Key can be cached (its bytes are read for every past token at every step) or computed for all past
-tokens from its inputs in Key (arithmetic, and bytes moved). Needing a value, and computing it, are the two sides of a cut:
+tokens from its inputs in Key (arithmetic, and bytes moved). Needing a value, and computing it, are the two sides of a
+cut:
 
     source --compute cost--> computed(v) --bytes read--> needed(v) --inf--> sink, where a mixing operation demands v
     needed(input of v) --inf--> computed(v)
 
-The same formulation picks what to recompute in training (torch's rematerialising partitioner). The minimum cut is the choice
-with the least modelled time a past token.
+The same formulation picks what to recompute in training (torch's rematerialising partitioner). The minimum cut is the
+choice with the least modelled time a past token.
 """
 
 from __future__ import annotations
@@ -44,15 +45,17 @@ class Cached:
 
 VIEWS = {
     aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze,
-    aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.clone, aten.contiguous, aten.t,
-    aten.repeat, aten.repeat_interleave,
+    aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.clone, aten.contiguous,
+    aten.t, aten.repeat, aten.repeat_interleave,
 }  # fmt: skip
 """Operations that move no bytes when fused into their consumer."""
 
 CONTRACTIONS = {aten.linear, aten.matmul, aten.bmm, aten.mm, aten.addmm, aten.baddbmm, aten.einsum}
 
 IN_CACHE = 0.25
-"""What a byte costs that is written and read again at once, as a share of one from memory: it stays in a processor cache."""
+"""What a byte costs that is written and read again at once, as a share of one from memory: it stays in a processor
+cache.
+"""
 
 TIE = 1e-15
 """Seconds added to every recomputation, so that among equal cuts the one nearest the mixing operation wins."""

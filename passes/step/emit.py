@@ -1,4 +1,6 @@
-"""Writing the step: calls become nodes, sizes become arithmetic on the step's own symbols, look-ups line up with the batch."""
+"""Writing the step: calls become nodes, sizes become arithmetic on the step's own symbols, look-ups line up with the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ class Builder:
         return self.once("S", aten.sym_size.int, self.states[name], dim)
 
     def positions(self, role: str | None) -> fx.Node:
-        """Positions of the new tokens [B, N] or of the slots [B, S]; beyond the longest sequence the last one is repeated."""
+        """Positions of the new tokens [B, N] or of the slots [B, S]; beyond the longest sequence the last one is
+        repeated.
+        """
         new = self.once("Q", aten.clamp.default, self.inputs["positions"], 0, self.max_length - 1)
         if role == Q:
             return new
@@ -80,7 +84,9 @@ class Builder:
         return self.once("K", aten.clamp.default, keys, 0, self.max_length - 1)
 
     def row_and_column(self, roles: tuple[str | None, ...]) -> tuple[fx.Node, fx.Node]:
-        """Positions of the last two dims in `roles`, as a column [B, ., 1] and a row [B, 1, .] that broadcast to a matrix."""
+        """Positions of the last two dims in `roles`, as a column [B, ., 1] and a row [B, 1, .] that broadcast to a
+        matrix.
+        """
         row = self.call(aten.unsqueeze.default, self.positions(roles[-2]), -1)
         return row, self.call(aten.unsqueeze.default, self.positions(roles[-1]), -2)
 

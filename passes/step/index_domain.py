@@ -1,8 +1,9 @@
 """The index domain: values that follow from batch and length alone, as tables over positions.
 
-arange, masks, rotary tables, position ids and biases depend on T but not on the tokens. Along one sequence dim such a value
-is a table, evaluated once for the longest sequence and looked up at the positions of the new tokens (Query) or of the slots
-(Key). Values over two sequence dims are not tabulated: pointwise operations are replayed on their one-dimensional tables.
+arange, masks, rotary tables, position ids and biases depend on T but not on the tokens. Along one sequence dim such a
+value is a table, evaluated once for the longest sequence and looked up at the positions of the new tokens (Query) or
+of the slots (Key). Values over two sequence dims are not tabulated: pointwise operations are replayed on their one-
+dimensional tables.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Tables:
 
 
 def index_call(analysis: Analysis, tables: Tables, node: fx.Node, roles: Roles) -> Call:
-    """The call that computes an index-domain value in `roles`: a fill, row numbers, a look-up, or a replay on tables."""
+    """The call that computes an index-domain value in `roles`: fill, row numbers, look-up, or a replay on tables."""
     sizes = analysis.sizes(node)
     packet = getattr(node.target, "overloadpacket", None)
     if packet in FILLS:
@@ -160,7 +161,9 @@ def _arange(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
 
 
 def _rows(analysis: Analysis, tables: Tables, node: fx.Node, roles: Roles) -> Call:
-    """A dim of merged rows: repeated positions come out of the pieces before the merge, row numbers are counted again."""
+    """A dim of merged rows: repeated positions come out of the pieces before the merge, row numbers are counted
+    again.
+    """
     if node.target.overloadpacket is aten.arange:
         value = tables.at(node, 2, 5)
         if not torch.equal(value, torch.arange(len(value), dtype=value.dtype, device=value.device)):
@@ -170,7 +173,9 @@ def _rows(analysis: Analysis, tables: Tables, node: fx.Node, roles: Roles) -> Ca
 
 
 def _look_up(analysis: Analysis, tables: Tables, node: fx.Node, roles: Roles, dim: int) -> Call:
-    """A table over positions. The result has the node's own dims, with one of the batch put in front when it has none."""
+    """A table over positions. The result has the node's own dims, with one of the batch put in front when it has
+    none.
+    """
     sizes = analysis.sizes(node)
     batch = next((d for d, s in enumerate(sizes) if s.batch), None)
     if batch is not None:

@@ -1,7 +1,7 @@
 """Role rules of operations that reduce, contract, look up or sort: where tokens meet.
 
-A reduced or contracted sequence dim demands Key, and what a query may not see is hidden there: filled with -inf before a
-softmax or maximum, with 0 before a sum or product.
+A reduced or contracted sequence dim demands Key, and what a query may not see is hidden there: filled with -inf
+before a softmax or maximum, with 0 before a sum or product.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Role rules: for a value wanted in some roles, which inputs are wanted in which roles, and the call that computes it.
 
-Only operations known to keep tokens apart, or known to mix them by contraction and reduction, have a rule; everything else
-is refused by name. This file has the registry and the operations that move or combine elements without mixing tokens;
-`mixing` has those that mix.
+Only operations known to keep tokens apart, or known to mix them by contraction and reduction, have a rule; everything
+else is refused by name. This file has the registry and the operations that move or combine elements without mixing
+tokens; `mixing` has those that mix.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def call_for(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
 
 
 def static_call(analysis: Analysis, node: fx.Node) -> Call:
-    """A value of parameters and constants alone is computed in the step as it was in the forward, whatever computes it."""
+    """A value of parameters and constants alone is computed in the step as it was in the forward, whatever computes
+    it.
+    """
     if node.op == "get_attr":
         return Call("get_attr", (node.target,))
 
@@ -70,7 +72,9 @@ def static_call(analysis: Analysis, node: fx.Node) -> Call:
 
 
 def aligned(analysis: Analysis, argument: fx.Node, roles: Roles) -> Want:
-    """`argument` as it lines up, from the right, with a result in `roles`; dims of size one broadcast and have no role."""
+    """`argument` as it lines up, from the right, with a result in `roles`; dims of size one broadcast and have no
+    role.
+    """
     sizes = analysis.sizes(argument)
     tail = roles[len(roles) - len(sizes) :]
     return Want(argument, tuple(r if s.has_time else None for s, r in zip(sizes, tail, strict=True)))
@@ -224,9 +228,8 @@ def _smaller(left: tuple[int, int, int], right: tuple[int, int, int]) -> bool:
 @rule(aten.expand)
 def _expand(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     source = node.args[0]
-    return Call(
-        aten.expand.default, (aligned(analysis, source, roles), analysis.dims(node, roles)), broadcast=True, prefix_sizes=1
-    )  # fmt: skip
+    arguments = (aligned(analysis, source, roles), analysis.dims(node, roles))
+    return Call(aten.expand.default, arguments, broadcast=True, prefix_sizes=1)
 
 
 @rule(aten.expand_as)

@@ -59,7 +59,8 @@ class Symbols:
     def size(self, value: int | torch.SymInt | sympy.Expr) -> Size | None:
         """The polynomial of a size, or None when it has another form (or depends on data).
 
-        Exact forms are read off; forms such as Max(0, T) or Min(T, 4096) are fitted at a few points and verified at others.
+        Exact forms are read off; forms such as Max(0, T) or Min(T, 4096) are fitted at a few points and verified at
+        others.
         """
         if isinstance(value, int):
             return Size(const=value)

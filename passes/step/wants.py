@@ -1,8 +1,8 @@
 """The vocabulary of the derivation: which version of a value is wanted, and what computes it.
 
-A value of the forward program has dims that run along the sequence. In the step each such dim plays a *role*: ``Q``, the N
-new tokens, or ``K``, all S cache slots. A `Want` is a value in given roles; a rule turns it into a `Call` over the wants of its
-inputs, in which every size has been replaced by one that follows from the roles.
+A value of the forward program has dims that run along the sequence. In the step each such dim plays a *role*: ``Q``,
+the N new tokens, or ``K``, all S cache slots. A `Want` is a value in given roles; a rule turns it into a `Call` over
+the wants of its inputs, in which every size has been replaced by one that follows from the roles.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Input:
 class Call:
     """How to compute a want. ``args`` and ``kwargs`` are those of ``target`` with Want, Masked, Dim and Input inside.
 
-    ``broadcast`` names arguments that follow broadcasting rules, so that per-row lookups can be lined up with the batch dim;
-    ``emit`` replaces the plain call for the few values that need more than one operation.
+    ``broadcast`` names arguments that follow broadcasting rules, so that per-row lookups can be lined up with the
+    batch dim; ``emit`` replaces the plain call for the few values that need more than one operation.
     """
 
     target: Any
