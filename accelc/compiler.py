@@ -145,7 +145,7 @@ def runner(program: Program, backend: Backend, capacity: int, report: CompileRep
 
 def default_length(model: nn.Module) -> int:
     """The longest sequence of a model by its own configuration, at most 4096. Raises InputError when it has none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int):

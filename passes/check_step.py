@@ -102,7 +102,7 @@ def probe_causality(forward: Program, tokens: Tensor, expected: Tensor, bound: f
 
 
 def _call(step: Program, run: Step, tokens: Tensor, positions: Tensor, lengths: Tensor, states: list[Tensor]) -> Tensor:
-    tree = ()
+    tree: tuple[Tensor, ...] = ()
     if "tree" in step.inputs:
         n = tokens.shape[1]
         words = torch.tensor([(1 << (i + 1)) - 1 for i in range(n)], device=tokens.device)
@@ -190,7 +190,8 @@ def _path(parents: list[int], node: int) -> list[int]:
 
 
 def _uneven(length: int) -> list[int]:
-    chunks, done, sizes = [], 0, [2, 1, 5, 3, 1, 7]
+    chunks: list[int] = []
+    done, sizes = 0, [2, 1, 5, 3, 1, 7]
     while done < length:
         n = min(sizes[len(chunks) % len(sizes)], length - done)
         chunks.append(n)

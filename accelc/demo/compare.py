@@ -39,10 +39,10 @@ def first_difference(
         if pair[0] == pair[1]:
             continue
         if -1 in pair:
-            return Difference(index, *pair, margin=float("inf"))
+            return Difference(index, pair[0], pair[1], margin=float("inf"))
         prefix = torch.cat([prompt[0], torch.tensor(list(expected[:index]), dtype=torch.int64, device=prompt.device)])
         logits = model(prefix[None]).logits[0, -1].float()
-        return Difference(index, *pair, margin=(logits[pair[0]] - logits[pair[1]]).item())
+        return Difference(index, pair[0], pair[1], margin=(logits[pair[0]] - logits[pair[1]]).item())
     return None
 
 

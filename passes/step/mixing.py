@@ -69,15 +69,16 @@ def _reduce(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
         role = next(rest) if keepdim or d not in reduced else None
         inputs.append((K if d in reduced else role) if sizes[d].has_time else None)
     over_time = [d for d in reduced if sizes[d].has_time]
-    want: Want | Masked = Want(source, tuple(inputs))
+    want = Want(source, tuple(inputs))
+    masked: Want | Masked = want
     if over_time:
         if packet not in FILLS or Q not in inputs:
             raise analysis.refuse(
                 node, "reduces over the sequence in a way that depends on its length or on later tokens"
             )
-        want = Masked(want, FILLS[packet])
+        masked = Masked(want, FILLS[packet])
     negatives: Any = negative(dims, rank) if isinstance(dims, int) else [negative(d % rank, rank) for d in listed]
-    return rebuilt(analysis, node, {0: want, position: negatives})
+    return rebuilt(analysis, node, {0: masked, position: negatives})
 
 
 @rule(aten.topk, aten.sort, aten.argsort, aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.glu)
@@ -91,6 +92,8 @@ def _along(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     if "stable" in node.target._overloadname:
         dim = node.kwargs.get("dim", -1)
     size = analysis.sizes(source)[dim]
+    if size.time and packet is aten.cumsum and size.is_time and roles[dim] == Q:
+        return _running_sum(analysis, node, source, dim % rank, roles)
     if size.time:
         what = "accumulates" if packet in (aten.cumsum, aten.cumprod, aten.logcumsumexp) else "sorts"
         raise analysis.refuse(node, f"{what} along the sequence, which needs running state")
@@ -102,6 +105,33 @@ def _along(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     elif "dim" in node.kwargs:
         call.kwargs["dim"] = negative(dim, rank)
     return call
+
+
+def _running_sum(analysis: Analysis, node: fx.Node, source: fx.Node, dim: int, roles: Roles) -> Call:
+    """A sum over a token and all before it is a product with what the token sees, so it holds for trees and rollbacks."""
+    if not analysis.sizes(source)[0].is_batch or dim == 0:
+        raise analysis.refuse(node, "accumulates along the sequence in a value without a batch dim in front")
+    inputs = tuple(K if d == dim else r for d, r in enumerate(roles))
+    if Q in inputs:
+        raise analysis.refuse(node, "accumulates along one of two sequence dims")
+    rank, dtype = len(roles), node.meta["val"].dtype
+    wide = dtype if dtype.is_floating_point else torch.float64  # exact for integers below 2^53
+
+    def emit(build: Any, call: Call, values: list[Any], lifted: bool) -> fx.Node:
+        order = [*(d for d in range(rank) if d != dim), dim]
+        keys = build.call(aten._to_copy.default, build.call(aten.permute.default, values[0], order), dtype=wide)
+        seen = build.call(aten._to_copy.default, build.call(aten.logical_not.default, build.visible()), dtype=wide)
+        for _ in range(rank - 3):  # [B, N, S] against [B, ..., S]
+            seen = build.call(aten.unsqueeze.default, seen, 1)
+        if rank == 2:
+            keys = build.call(aten.unsqueeze.default, keys, 1)
+        total = build.call(aten.matmul.default, keys, build.call(aten.transpose.int, seen, -1, -2))
+        if rank == 2:
+            total = build.call(aten.squeeze.dim, total, 1)
+        back = build.call(aten.permute.default, total, [order.index(d) for d in range(rank)])
+        return build.call(aten._to_copy.default, back, dtype=dtype)
+
+    return Call(node.target, (Want(source, inputs),), emit=emit)
 
 
 @rule(aten.layer_norm, aten.rms_norm, aten.native_layer_norm, accelc.rms_norm)
@@ -130,7 +160,7 @@ def _addmm(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return Call(node.target, (aligned(analysis, node.args[0], roles), a, b), kwargs, broadcast=True)
 
 
-def _operands(analysis: Analysis, node: fx.Node, a: fx.Node, b: fx.Node, roles: Roles) -> tuple[Any, Any]:
+def _operands(analysis: Analysis, node: fx.Node, a: fx.Node, b: fx.Node, roles: Roles) -> tuple[Any, ...]:
     """The wants of a matrix product's operands, the contracted dim in Key."""
     left, right = analysis.sizes(a), analysis.sizes(b)
     if len(left) < 2 or len(right) < 2:

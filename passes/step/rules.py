@@ -286,7 +286,8 @@ def _squeeze(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
 
 @rule(aten.slice)
 def _slice(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
-    source, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    source, dim, start, end, step = given
     rank = len(roles)
     if analysis.sizes(source) == analysis.sizes(node):
         return Call("same", (Want(source, roles),))

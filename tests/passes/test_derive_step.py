@@ -104,6 +104,16 @@ def distances(m: Mixer, x: Tensor) -> Tensor:
     return attend(heads(m.query(x)), heads(m.key(x)), heads(m.value(x)), attn_mask=bias)
 
 
+def running_sum(m: Mixer, x: Tensor) -> Tensor:
+    return x.cumsum(1) * 0.1
+
+
+def counted_positions(m: Mixer, x: Tensor) -> Tensor:
+    """Position ids that count tokens by a property of the token, as RoBERTa counts those that are no padding."""
+    odd = (x[..., 0] > 0).long()
+    return plain(m, x + m.position(odd.cumsum(1) * odd))
+
+
 def derive(model: nn.Module, *, tree: bool = False, raised: bool = True, **options: object) -> tuple[Program, Program]:
     forward = capture(model.eval(), max_length=LENGTH)
     passes = [Normalise(), *([RaiseAttention()] if raised else []), DeriveStep(tree=tree, **options)]  # type: ignore[arg-type]
@@ -112,7 +122,18 @@ def derive(model: nn.Module, *, tree: bool = False, raised: bool = True, **optio
 
 @pytest.mark.parametrize(
     "mix",
-    [plain, fused, grouped, matmuls, rank_two, learned_positions, upper_triangle, distances],
+    [
+        plain,
+        fused,
+        grouped,
+        matmuls,
+        rank_two,
+        learned_positions,
+        upper_triangle,
+        distances,
+        running_sum,
+        counted_positions,
+    ],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
@@ -188,10 +209,6 @@ def _flipped(m: Mixer, x: Tensor) -> Tensor:
     return plain(m, x.flip(1))
 
 
-def _running(m: Mixer, x: Tensor) -> Tensor:
-    return x.cumsum(1)
-
-
 def _shifted(m: Mixer, x: Tensor) -> Tensor:
     return nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
 
@@ -209,7 +226,6 @@ def _sorted(m: Mixer, x: Tensor) -> Tensor:
     [
         (_length, "uses the sequence length as a number"),
         (_flipped, "reorders the sequence"),
-        (_running, "accumulates along the sequence"),
         (_shifted, "takes a part of the sequence"),
         (_summed, "without a query|later tokens"),
         (_sorted, "sorts along the sequence"),
