@@ -35,8 +35,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepSeek-V3": (
         "DeepseekV3Config",
         {
-            "num_hidden_layers": LAYERS, "first_k_dense_replace": LAYERS, "hidden_size": 7168, "intermediate_size": 2048,
-            "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
+            "num_hidden_layers": LAYERS, "first_k_dense_replace": LAYERS, "hidden_size": 7168,
+            "intermediate_size": 2048,
+            "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
             "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 4, "n_group": 1,
             "topk_group": 1, "num_experts_per_tok": 2,
         },
