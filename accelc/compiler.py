@@ -17,7 +17,7 @@ from accelc.ir import Exactness, Program
 from accelc.ir.errors import InputError, UnknownOptionError
 from accelc.passes import Pass
 from accelc.passes.check_step import check_step
-from accelc.pipeline import prefill_pipeline, step_pipeline
+from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
 from accelc.program_cache import load_programs, store_programs
 from accelc.runtime import cache_capacity
 
@@ -40,6 +40,7 @@ def compile(
     require: Exactness = Exactness.DISTRIBUTION,
     check: Check = "quick",
     cache: bool = True,
+    verify: bool = False,
     tokenizer: Any = None,
     eos: int | Sequence[int] | None = None,
     **unknown: object,
@@ -55,6 +56,7 @@ def compile(
       guarantee.
     * ``check``: how thoroughly the compiled step is compared with the model before it is handed out.
     * ``cache``: keep the programs on disk, and take them from there when an earlier process compiled the same model.
+    * ``verify``: compare the program after each pass with the one before it on real inputs; see the report's notes.
     * ``tokenizer``: for texts and stop strings; ``eos``: token ids that end a row; both default to the directory's or
       model's.
 
@@ -63,8 +65,8 @@ def compile(
     if unknown:
         raise UnknownOptionError(
             f"accelc.compile has no option {', '.join(sorted(unknown))}",
-            remedy="Known: max_length, max_batch, chunk, backend, passes, disable, require, check, cache, tokenizer, "
-            "eos.",
+            remedy="Known: max_length, max_batch, chunk, backend, passes, disable, require, check, cache, verify, "
+            "tokenizer, eos.",
         )
     if backend not in ("native", "eager"):
         raise InputError(f"backend is {backend!r}", remedy="Use 'native' or 'eager'.")
@@ -87,7 +89,7 @@ def compile(
         backend = "eager"
     # Passes of others may change without a trace in the key; a full check needs the forward anyway.
     key = None
-    if cache and not passes and check != "full":
+    if cache and not passes and check != "full" and not verify:
         with report.stage("cache"):
             pipelines = f"{step_pipeline(disabled=disable)}; {prefill_pipeline()}"
             key = fingerprint(model, max_length=length, pipelines=pipelines, require=str(require))
@@ -99,7 +101,8 @@ def compile(
         with report.stage("capture"):
             forward = capture(model, max_length=length)
         with report.stage("passes"):
-            step = step_pipeline(passes, disable).run(forward, require=require)
+            inputs = example_inputs if verify else None
+            step = step_pipeline(passes, disable).run(forward, require=require, verify=inputs)
             programs = {"step": step, "prefill": prefill_pipeline().run(step)}
     else:
         report.notices.append("programs from the cache: captured, derived and checked by an earlier process")

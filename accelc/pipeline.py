@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
+from torch import Tensor
+
+from accelc.ir import Program
 from accelc.passes import Pass, Pipeline
 from accelc.passes.absorb_projections import AbsorbProjections
 from accelc.passes.derive_step import DeriveStep
@@ -37,3 +41,29 @@ def step_pipeline(extra: Sequence[Pass] = (), disabled: Collection[str] = (), *,
 def prefill_pipeline() -> Pipeline:
     """From a step to one that returns the logits of a single token a row."""
     return Pipeline([LastLogits()])
+
+
+def example_inputs(program: Program) -> list[Tensor]:
+    """Inputs to compare a forward or a step with the one before a pass: two rows, the step's after five tokens."""
+    facts: dict[str, object] = program.facts["capture"]  # type: ignore[assignment]
+    length, vocabulary = min(9, int(facts["max_length"])), int(facts["vocab_size"])  # type: ignore[call-overload]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (2, length), generator=generator)
+    if "lengths" not in program.inputs:
+        return [tokens]
+    known = torch.tensor([length // 2, length // 3])
+    new = length - length // 2
+    given = {
+        "tokens": tokens[:, :new],
+        "positions": known[:, None] + torch.arange(new),
+        "lengths": known,
+        "last": torch.tensor([new - 1, 0]),
+    }
+    device = next(iter(program.tensors().values())).device
+    states = [
+        torch.randn(spec.sizes(2, length + 7), generator=generator).to(spec.dtype)
+        if spec.dtype.is_floating_point
+        else torch.ones(spec.sizes(2, length + 7), dtype=spec.dtype)
+        for spec in program.states
+    ]
+    return [t.to(device) for t in [*(given[name] for name in program.inputs), *states]]

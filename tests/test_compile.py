@@ -164,3 +164,34 @@ def test_decoder_is_usable_after_an_error() -> None:
         with pytest.raises(AccelcError):
             decoder.generate(bad, max_new_tokens=2)
     assert decoder.generate(PROMPT, max_new_tokens=8, ignore_eos=True).tokens[0].tolist() == reference(model, PROMPT, 8)
+
+
+def test_verify_compares_each_pass_with_the_program_before() -> None:
+    decoder = accelc.compile(FAMILIES["mistral"].build(), max_length=32, verify=True, check="off", backend="eager")
+    notes = {record.name: " ".join(record.notes) for record in decoder.programs["step"].history}
+    for name in ("normalise", "raise_norms", "raise_attention", "recognise_masks"):
+        assert "logits" in notes[name], f"{name}: {notes[name]}"
+    assert "not compared" in notes["derive_step"]
+
+
+def test_verify_names_the_pass_that_breaks_the_program() -> None:
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from accelc.ir import Program
+    from accelc.ir.errors import VerifyError
+    from accelc.passes import Pass, PassResult
+
+    @dataclass(frozen=True)
+    class Halves(Pass):
+        name: ClassVar[str] = "test.halves"
+        after: ClassVar[tuple[str, ...]] = ("recognise_masks",)
+
+        def run(self, program: Program) -> PassResult:
+            program = program.clone()
+            node = next(n for n in program.graph.nodes if n.target is torch.ops.accelc.attention.default)
+            node.args = (*node.args[:11], node.args[11] / 2, node.args[12])
+            return PassResult(program, 1)
+
+    with pytest.raises(VerifyError, match=r"test\.halves"):
+        accelc.compile(FAMILIES["llama"].build(), max_length=32, passes=[Halves()], verify=True, backend="eager")
