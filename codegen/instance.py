@@ -5,6 +5,7 @@ computes.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from accelc.codegen.arrays import Array
 from accelc.codegen.errors import StepIndexError
+from accelc.codegen.instructions import Instruction
 from accelc.codegen.planner import ARENA, Call, Gemm, Native, Plan, encode
 
 FAILURES = {
@@ -71,6 +73,24 @@ class Instance:
         for base in self._inputs:
             tensors[base] = None
         return result  # type: ignore[return-value]
+
+    def clocked(self, inputs: Sequence[Tensor], repeats: int) -> tuple[float, list[float], list[float]]:
+        """Run `repeats` times; seconds in all, and by instruction of the stream what it waited for others and ran."""
+        seconds = (ctypes.c_double * (2 * len(self.stream)))()
+        self.run(inputs)  # memory touched, threads awake
+        self._library.accelc_plan_clock(self._handle, seconds)
+        started = time.perf_counter()
+        try:
+            for _ in range(repeats):
+                self.run(inputs)
+        finally:
+            self._library.accelc_plan_clock(self._handle, None)
+        return time.perf_counter() - started, list(seconds[::2]), list(seconds[1::2])
+
+    @property
+    def stream(self) -> Sequence[Instruction]:
+        """The native instructions in order."""
+        return [instruction for instruction, _ in self._plan.stream]
 
     # -- stages: one closure each ------------------------------------------------------------------------------------
 

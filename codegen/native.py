@@ -62,6 +62,8 @@ def _load(path: Path) -> ctypes.CDLL:
         lib.accelc_plan_create.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         lib.accelc_plan_free.restype = None
         lib.accelc_plan_free.argtypes = [ctypes.c_void_p]
+        lib.accelc_plan_clock.restype = None
+        lib.accelc_plan_clock.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         lib.accelc_read.restype = ctypes.c_float
         lib.accelc_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
         lib.accelc_plan_run.restype = ctypes.c_int32

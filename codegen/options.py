@@ -15,6 +15,7 @@ class Options:
     * ``gemm_rows``: linears with more rows than this go to torch's (oneDNN's) matrix product. Measured on a Zen 4 core
       with 2048 x 8192 weights, GB/s ours / torch: bf16 14 / 12 at 4 rows, 7 / 7 at 16, 4.2 / 4.8 at 32.
     * ``instances``: how many shapes to keep memory plans for.
+    * ``huge_pages``: put huge pages under the weights, in a thread beside the first steps (`accelc.codegen.pages`).
     """
 
     mode: Literal["compile", "interpret"] = "compile"
@@ -22,6 +23,7 @@ class Options:
     march: str = "native"
     gemm_rows: int = 16
     instances: int = 16
+    huge_pages: bool = True
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Report:
     * ``lowered``: operations that have kernels here, with counts; ``foreign``: those that went to Inductor.
     * ``regions``: calls of Inductor's code a step; ``distinct_regions``: different ones among them.
     * ``cache_hits``, ``cache_misses``: of built files; ``notices``: what a user should know.
+    * ``huge_page_bytes``: bytes of weights on huge pages; None until their thread is done.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -43,6 +46,7 @@ class Report:
     cache_hits: int = 0
     cache_misses: int = 0
     notices: list[str] = field(default_factory=list)
+    huge_page_bytes: int | None = None
 
     def count(self, hit: bool) -> None:
         """Record that a built file was found in the cache, or was not."""

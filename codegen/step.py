@@ -24,7 +24,9 @@ from accelc.codegen import native
 from accelc.codegen.errors import StepInputError
 from accelc.codegen.instance import Instance
 from accelc.codegen.options import Options, Report
+from accelc.codegen.pages import use_huge_pages_soon
 from accelc.codegen.planner import make_array, plan
+from accelc.codegen.profile import Profile, summarize
 from accelc.codegen.regions import Compiled, Regions
 from accelc.codegen.schedule import Schedule, schedule
 from accelc.codegen.shapes import Dims, Shapes, propagate
@@ -87,6 +89,8 @@ class CompiledStep:
             self.report.count(hit)
             self.report.add_seconds("kernels", time.perf_counter() - started)
             self._instance(self._sizes(examples))
+            if options.huge_pages:
+                use_huge_pages_soon(self._weights(), lambda size: setattr(self.report, "huge_page_bytes", size))
         else:
             self.report.notices.append("interpreted node by node, because mode='interpret' was asked for")
 
@@ -106,6 +110,21 @@ class CompiledStep:
                 self._instances.move_to_end(sizes)
             return instance.run(inputs)
 
+    def profile(self, *inputs: Tensor, repeats: int = 20) -> Profile:
+        """Where the time of a step goes, by kinds of instruction: runs it `repeats` times on the same inputs, which
+        writes the same cache slots each time. Raises `StepInputError`, `StepIndexError`, and `ValueError` for a
+        program that is interpreted.
+        """
+        if self._options.mode == "interpret":
+            raise ValueError("an interpreted program has no instructions to profile; compile it with mode='compile'")
+        self(*inputs)  # checks the inputs and makes the plan
+        with self._lock:
+            instance = self._instances[self._sizes(inputs)]
+            total, waited, ran = instance.clocked(inputs, repeats)
+        lengths = inputs[self._names.index("lengths")] if "lengths" in self._names else None
+        committed = None if lengths is None else int(lengths.sum()) // max(len(lengths), 1)
+        return summarize(instance.stream, total, waited, ran, repeats, committed)
+
     def interpret(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The same program, node by node in torch: the reference."""
         with torch.no_grad():
@@ -113,6 +132,11 @@ class CompiledStep:
         return tuple(result)
 
     # -- off the hot path --------------------------------------------------------------------------------------------
+
+    def _weights(self) -> list[Tensor]:
+        """Constants large enough for a huge page to matter, or neighbours of such."""
+        constants = [_attribute(self._gm, str(n.target)) for n in self._gm.graph.nodes if n.op == "get_attr"]
+        return [t for t in constants if t.untyped_storage().nbytes() >= 1 << 16]
 
     def _sizes(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple(inputs[i].shape[d] for i, d in self._readers)

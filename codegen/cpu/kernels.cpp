@@ -8,13 +8,16 @@
 
 namespace accelc {
 
+constexpr int SPINS = 1 << 15;  // about a millisecond
+
 void Team::barrier() {
   if (size == 1) return;
   int32_t all = ++*phase * size;
   if (arrived->fetch_add(1, std::memory_order_acq_rel) + 1 == all) return;
   for (int spins = 0; arrived->load(std::memory_order_acquire) < all; spins++) {
-    // A partner that the machine has taken off its core must get the chance to come back.
-    if (spins > 4096) sched_yield();
+    // A partner that the machine has taken off its core must get the chance to come back. But not soon: among other busy
+    // processes, yielding costs a time slice of milliseconds, a thousand times what a barrier waits.
+    if (spins > SPINS) sched_yield();
 #if defined(__x86_64__)
     else _mm_pause();
 #endif
@@ -38,6 +41,7 @@ struct Plan {
   int64_t scratch = 0;  // floats a thread
   int threads;
   std::vector<float*> scratches;
+  double* seconds = nullptr;  // for a profile: each instruction's wait before and run time on the first thread
   ~Plan() { for (float* s : scratches) std::free(s); }
 
   void run(void* const* bases, int64_t begin, int64_t end, std::atomic<int32_t>& error) {
@@ -48,8 +52,14 @@ struct Plan {
       for (int64_t i = begin; i < end; i++) {
         const Instruction& ins = instructions[i];
         Team team{rank, size, bases, &cursors[i], &arrived, &phase, scratches[rank], &error};
+        bool clocked = seconds && rank == 0;
+        double reached = clocked ? omp_get_wtime() : 0;
         if (ins.sync) team.barrier();
+        double started = clocked ? omp_get_wtime() : 0;
         OPS[ins.op].run(ins, team);
+        if (!clocked) continue;
+        seconds[2 * i] += started - reached;
+        seconds[2 * i + 1] += omp_get_wtime() - started;
       }
     };
     if (threads == 1) return work(0, 1);
@@ -107,6 +117,9 @@ void* accelc_plan_create(const int64_t* words, int64_t threads) {
 }
 
 void accelc_plan_free(void* plan) { delete (accelc::Plan*)plan; }
+
+// From now on adds to seconds[2 * i] what instruction i waited and to seconds[2 * i + 1] what it ran; null: stops that.
+void accelc_plan_clock(void* plan, double* seconds) { ((accelc::Plan*)plan)->seconds = seconds; }
 
 // Runs instructions [begin, end); returns 0, 1 (an index outside its table) or 2 (a cache slot outside its cache).
 int32_t accelc_plan_run(void* plan, void* const* bases, int64_t begin, int64_t end) {

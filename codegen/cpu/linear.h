@@ -9,7 +9,9 @@
 
 namespace accelc {
 
-constexpr int64_t PREFETCH = 4096;  // bytes ahead of the weight stream
+// Bytes ahead of the weight streams to prefetch into the second-level cache (measured better than into the first), for one
+// row of x: with one stream, and with several at once. x of up to SHORT bytes stays in the first-level cache beside one stream.
+constexpr int64_t AHEAD_ONE = 4096, AHEAD_SEVERAL = 2048, SHORT = 12288;
 
 template <class T> struct Dot {  // fp32 lanes
   static constexpr int STEP = W;
@@ -51,8 +53,7 @@ inline void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t k
     }
 }
 
-// One dot product, for one row of x: a single stream over the weights with several sums in flight, fetched into the
-// second-level cache well ahead (measured better than into the first).
+// One dot product, for one row of x: a single stream over the weights with several sums in flight.
 template <class T> inline float dot_stream(const T* x, const T* w, int64_t k_size) {
   using D = Dot<T>;
   constexpr int U = 4;
@@ -60,13 +61,31 @@ template <class T> inline float dot_stream(const T* x, const T* w, int64_t k_siz
   int64_t k = 0;
   for (; k + U * D::STEP <= k_size; k += U * D::STEP)
     for (int u = 0; u < U; u++) {
-      __builtin_prefetch((const char*)(w + k + u * D::STEP) + PREFETCH, 0, 2);
+      __builtin_prefetch((const char*)(w + k + u * D::STEP) + AHEAD_ONE, 0, 2);
       acc[u] = D::mac(D::get(x + k + u * D::STEP), D::get(w + k + u * D::STEP), acc[u]);
     }
   for (; k + D::STEP <= k_size; k += D::STEP) acc[0] = D::mac(D::get(x + k), D::get(w + k), acc[0]);
   float sum = hsum((acc[0] + acc[1]) + (acc[2] + acc[3]));
   for (; k < k_size; k++) sum += load1(x + k) * load1(w + k);
   return sum;
+}
+
+// NR dot products of one long row of x, which is loaded once for all of them.
+template <class T, int NR> inline void dot_streams(const T* x, const T* w, int64_t ldw, int64_t k_size, float* out) {
+  using D = Dot<T>;
+  vf acc[NR] = {};
+  int64_t k = 0;
+  for (; k + D::STEP <= k_size; k += D::STEP) {
+    auto a = D::get(x + k);
+    for (int n = 0; n < NR; n++) {
+      __builtin_prefetch((const char*)(w + n * ldw + k) + AHEAD_SEVERAL, 0, 2);
+      acc[n] = D::mac(a, D::get(w + n * ldw + k), acc[n]);
+    }
+  }
+  for (int n = 0; n < NR; n++) {
+    out[n] = hsum(acc[n]);
+    for (int64_t j = k; j < k_size; j++) out[n] += load1(x + j) * load1(w + n * ldw + j);
+  }
 }
 
 template <class T> struct Linear {
@@ -96,12 +115,17 @@ template <class T> struct Linear {
       case 1: tile<1, N>(m, n); break;
     }
   }
+  void single(int64_t n, int64_t end) const {  // the same for one row of x
+    if (k_size * int64_t(sizeof(T)) > SHORT)
+      for (; n + NR <= end; n += NR) {
+        float sums[NR];
+        dot_streams<T, NR>(x, w + n * ldw, ldw, k_size, sums);
+        for (int j = 0; j < NR; j++) put(0, n + j, sums[j]);
+      }
+    for (; n < end; n++) put(0, n, dot_stream<T>(x, w + n * ldw, k_size));
+  }
   void range(int64_t n, int64_t end) const {  // weight rows [n, end)
-    // One row of x that stays in the first-level cache beside the stream needs no reuse of its loads.
-    if (m_size == 1 && k_size * int64_t(sizeof(T)) <= 16384) {
-      for (; n < end; n++) put(0, n, dot_stream<T>(x, w + n * ldw, k_size));
-      return;
-    }
+    if (m_size == 1) return single(n, end);
     for (; n + NR <= end; n += NR) block<NR>(n);
     for (; n < end; n++) block<1>(n);
   }
