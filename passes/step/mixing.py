@@ -108,7 +108,7 @@ def _along(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
 
 
 def _running_sum(analysis: Analysis, node: fx.Node, source: fx.Node, dim: int, roles: Roles) -> Call:
-    """A sum over a token and all before it is a product with what the token sees, so it holds for trees and rollbacks."""
+    """A sum over a token and all before it is a product with what the token sees: right for trees and rollbacks."""
     if not analysis.sizes(source)[0].is_batch or dim == 0:
         raise analysis.refuse(node, "accumulates along the sequence in a value without a batch dim in front")
     inputs = tuple(K if d == dim else r for d, r in enumerate(roles))
