@@ -51,6 +51,30 @@ class Array:
         """The same contiguous memory in another shape."""
         return replace(self, size=tuple(size), stride=contiguous(size))
 
+    def unsqueeze(self, dim: int) -> Array:
+        """With a dim of size 1 before `dim`."""
+        size, stride = list(self.size), list(self.stride)
+        size.insert(dim, 1)
+        stride.insert(dim, 0)
+        return replace(self, size=tuple(size), stride=tuple(stride))
+
+    def transposed(self) -> Array:
+        """With the last two dims exchanged."""
+        size, stride = self.size, self.stride
+        return replace(self, size=(*size[:-2], size[-1], size[-2]), stride=(*stride[:-2], stride[-1], stride[-2]))
+
+    def last(self, dim: int) -> Array:
+        """With one dim moved to the end."""
+        order = [d for d in range(self.ndim) if d != dim % self.ndim] + [dim % self.ndim]
+        return replace(self, size=tuple(self.size[d] for d in order), stride=tuple(self.stride[d] for d in order))
+
+    def batched(self) -> Array | None:
+        """[Z, M, N] with the leading dims merged into one; None where they do not merge."""
+        lead = merge(self.size[:-2], self.stride[:-2]) or [(1, 0)]
+        if len(lead) > 1:
+            return None
+        return replace(self, size=(lead[0][0], *self.size[-2:]), stride=(lead[0][1], *self.stride[-2:]))
+
     def narrow(self, dim: int, start: int, length: int) -> Array:
         """Indices [start, start + length) of one dim."""
         size = tuple(length if d == dim else n for d, n in enumerate(self.size))

@@ -15,9 +15,7 @@ class ToolchainError(CompileError):
 
 
 class RegionError(CompileError):
-    """Inductor could not compile a region of the program."""
-
-    remedy = "Run with options=Options(mode='interpret') to get results, and report the nodes named above."
+    """Inductor could not compile a region of the program; the region then runs node by node."""
 
 
 class MutationError(CompileError):
@@ -32,3 +30,7 @@ class StepInputError(AccelcError, ValueError):
 
 class StepIndexError(AccelcError, IndexError):
     """A compiled step met an index outside its table, or a cache without room for the new tokens."""
+
+
+class ShapeError(CompileError):
+    """A shape in the program cannot be told from the shapes of its inputs."""

@@ -35,7 +35,7 @@ class Instance:
         self._bases = (ctypes.c_void_p * plan.bases)()
         self._bases[ARENA] = self._arena.data_ptr()
         self._tensors: list[Tensor | None] = [None] * plan.bases  # whole storages, flat, for views
-        for root, tensor in constants.items():
+        for root, tensor in {**constants, **plan.constants}.items():
             base = plan.base_of[root]
             self._bases[base] = tensor.untyped_storage().data_ptr()
             self._tensors[base] = tensor
@@ -119,11 +119,14 @@ class Instance:
         x, weight, out = self._view(stage.x), self._view(stage.weight), self._view(stage.out)
         bias = None if stage.bias is None else self._view(stage.bias)
 
+        plain = torch.mm if len(stage.x.size) == 2 else torch.bmm
+        biased = torch.addmm if len(stage.x.size) == 2 else torch.baddbmm
+
         def gemm() -> None:
             if bias is None:
-                torch.mm(x(), weight().t(), out=out())
+                plain(x(), weight().mT, out=out())
             else:
-                torch.addmm(bias(), x(), weight().t(), out=out())
+                biased(bias(), x(), weight().mT, out=out())
 
         return gemm
 

@@ -1,8 +1,7 @@
 """Instructions of compiled steps, and the rules that turn operations into them.
 
 A rule gets the operation's arguments (tensors as `Array`) and its output, and returns instructions, or None where the
-kernels do not cover the case: then the operation goes to Inductor. Rules see numbers, not symbols; whether an
-operation is covered must not depend on the sizes of a batch.
+kernels do not cover the case: then torch computes the operation. Further rules are in `products` and `positions`.
 """
 
 from __future__ import annotations
@@ -15,12 +14,20 @@ import torch
 
 from accelc.codegen.arrays import BY_ITEMSIZE, CODES, FLOATS, MAX_DIMS, Array, contiguous, merge_together
 
-OPS = ("linear", "attention", "norm", "rotary", "pointwise", "copy", "gather", "cache_update")
+OPS = (
+    "linear", "attention", "norm", "rotary", "pointwise", "copy", "gather", "cache_update",
+    "product", "softmax", "map", "index", "key_positions", "visible",
+)  # fmt: skip
 """In the order of OPS in codegen/cpu/kernels.cpp."""
 
 MASKS = {"causal": 0, "window": 1, "chunk": 2}
 UNARY = ("keep", "neg", "exp", "silu", "sigmoid", "tanh", "gelu", "gelu_tanh", "relu", "rsqrt", "square")
 BINARY = ("first", "add", "sub", "mul", "div", "rsub")
+MAP = (
+    "first", "add", "sub", "mul", "floor_divide", "remainder", "lt", "le", "gt", "ge", "eq", "ne",
+    "and", "or", "xor", "where", "clamp",
+)  # fmt: skip
+"""In the order of Map in codegen/cpu/map.h."""
 SPLITS, TILE = 16, 16
 """Of codegen/cpu/attention.h."""
 
@@ -72,31 +79,7 @@ def scratch(elements: int) -> Array:
     return Array(Scratch.ROOT, torch.float32, 0, (elements,), (1,))
 
 
-# -- products ----------------------------------------------------------------------------------------------------------
-
-
-@rule(aten.linear.default)
-def linear(out: Array, x: Array, weight: Array, bias: Array | None = None) -> Sequence[Instruction] | None:
-    if weight.ndim != 2 or len({a.dtype for a in (out, x, weight, bias) if a is not None}) > 1:
-        return None
-    rows, into = x.matrix(), out.matrix()
-    if not floats(out, x) or rows is None or into is None or not (x.unit and weight.unit) or (bias and not bias.unit):
-        return None
-    return [Instruction("linear", (rows, weight, bias, None, into), (4,))]
-
-
-@rule(aten.mm.default)
-def mm(out: Array, x: Array, matrix: Array) -> Sequence[Instruction] | None:
-    return linear(out, x, _transposed(matrix))
-
-
-@rule(aten.addmm.default)
-def addmm(out: Array, bias: Array, x: Array, matrix: Array, beta: float = 1, alpha: float = 1):
-    return linear(out, x, _transposed(matrix), bias) if beta == alpha == 1 and bias.ndim == 1 else None
-
-
-def _transposed(a: Array) -> Array:
-    return Array(a.root, a.dtype, a.offset, a.size[::-1], a.stride[::-1])
+# -- attention -------------------------------------------------------------------------------------------------------
 
 
 @rule(ops.attention.default)
@@ -166,6 +149,28 @@ def pointwise(out: Array, a: Any, b: Any = None, unary: str = "keep", binary: st
     return [Instruction("pointwise", (first, second, into), (2,), codes, (float(alpha), number))]
 
 
+def mapped(out: Array, a: Any, op: str, b: Any = None, c: Any = None) -> Sequence[Instruction] | None:
+    """out = op(a, b, c) for positions and masks; b and c arrays or numbers."""
+    arrays = [x for x in (a, b, c, out) if isinstance(x, Array)]
+    numbers = [0 if x is None or isinstance(x, Array) else x for x in (b, c)]
+    if not isinstance(a, Array) or any(x.dtype not in CODES or x.ndim > MAX_DIMS for x in arrays):
+        return None
+    if any(isinstance(x, complex) for x in numbers):
+        return None
+    integer = all(x.dtype not in FLOATS for x in arrays[:-1]) and all(isinstance(x, int) for x in numbers)
+    whole = [int(x) if integer else 0 for x in numbers]
+    operands = [x.expand(out.size) if isinstance(x, Array) else None for x in (a, b, c)]
+    ints = (MAP.index(op), int(integer), *whole)
+    return [Instruction("map", (*merge_together((*operands, out)),), (3,), ints, tuple(map(float, numbers)))]
+
+
+def arithmetic(out: Array, a: Any, b: Any, op: str, alpha: float = 1.0) -> Sequence[Instruction] | None:
+    """A binary operation, by the fast kernel for values or the exact one for positions."""
+    if floats(out, a, b):
+        return pointwise(out, a, b, binary=op, alpha=alpha)
+    return mapped(out, a, op, b) if alpha == 1 and op in MAP else None
+
+
 for name in ("neg", "exp", "silu", "sigmoid", "tanh", "relu", "rsqrt"):
     rule(getattr(aten, name).default)(lambda out, a, unary=name: pointwise(out, a, unary=unary))
 
@@ -182,12 +187,12 @@ def power(out: Array, a: Array, exponent: float):
 
 @rule(aten.add.Tensor, aten.add.Scalar)
 def add(out: Array, a: Any, b: Any, alpha: float = 1):
-    return pointwise(out, a, b, binary="add", alpha=alpha)
+    return arithmetic(out, a, b, "add", alpha)
 
 
 @rule(aten.sub.Tensor, aten.sub.Scalar)
 def sub(out: Array, a: Any, b: Any, alpha: float = 1):
-    return pointwise(out, a, b, binary="sub", alpha=alpha)
+    return arithmetic(out, a, b, "sub", alpha)
 
 
 @rule(aten.rsub.Scalar)
@@ -197,7 +202,7 @@ def rsub(out: Array, a: Any, b: Any, alpha: float = 1):
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def mul(out: Array, a: Any, b: Any):
-    return pointwise(out, a, b, binary="mul")
+    return arithmetic(out, a, b, "mul")
 
 
 @rule(aten.div.Tensor, aten.div.Scalar)
@@ -215,9 +220,9 @@ def gated_activation(out: Array, gate: Array, up: Array, kind: str):
 
 def copy(out: Array, a: Array) -> Sequence[Instruction] | None:
     """The same values in other memory."""
-    if a.ndim > MAX_DIMS or a.dtype.itemsize not in BY_ITEMSIZE:
-        return None
     source, into = merge_together((a, out))
+    if into.ndim > MAX_DIMS or a.dtype.itemsize not in BY_ITEMSIZE:
+        return None
     return [Instruction("copy", (source, into), (1,), raw=True)]
 
 
@@ -233,7 +238,9 @@ def reshape(out: Array, a: Array, *shape: Any):
 
 @rule(aten._to_copy.default, aten.to.dtype)
 def convert(out: Array, a: Array, *args: Any, **kwargs: Any):
-    return copy(out, a) if a.dtype == out.dtype else pointwise(out, a)
+    if a.dtype == out.dtype:
+        return copy(out, a)
+    return pointwise(out, a) if floats(out, a) else mapped(out, a, "first")
 
 
 @rule(aten.cat.default)
@@ -251,16 +258,26 @@ def cat(out: Array, parts: Sequence[Array], dim: int = 0):
     return instructions
 
 
+@rule(aten.stack.default)
+def stack(out: Array, parts: Sequence[Array], dim: int = 0):
+    return cat(out, [part.unsqueeze(dim % out.ndim) for part in parts], dim)
+
+
+@rule(aten.repeat.default)
+def repeat(out: Array, a: Array, times: Sequence[int]):
+    size = (1,) * (len(times) - a.ndim) + a.size
+    tiles = tuple(x for pair in zip(times, size) for x in pair)
+    source = a.expand(size)
+    for dim in range(len(times)):
+        source = source.unsqueeze(2 * dim)
+    return copy(out.viewed(tiles), source.expand(tiles)) if out.numel else []
+
+
 @rule(aten.embedding.default)
 def embedding(
     out: Array, weight: Array, indices: Array, padding_idx: int = -1, scale: bool = False, sparse: bool = False
 ):
     return _gather(out, weight, indices)
-
-
-@rule(aten.index.Tensor)
-def index(out: Array, table: Array, indices: Sequence[Array | None]):
-    return _gather(out, table, indices[0]) if len(indices) == 1 and isinstance(indices[0], Array) else None
 
 
 def _gather(out: Array, table: Array, indices: Array) -> Sequence[Instruction] | None:

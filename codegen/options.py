@@ -16,6 +16,7 @@ class Options:
       with 2048 x 8192 weights, GB/s ours / torch: bf16 14 / 12 at 4 rows, 7 / 7 at 16, 4.2 / 4.8 at 32.
     * ``instances``: how many shapes to keep memory plans for.
     * ``huge_pages``: put huge pages under the weights, in a thread beside the first steps (`accelc.codegen.pages`).
+    * ``fuse``: regions without kernels go to Inductor from this many fusible operations on (`accelc.codegen.regions`).
     """
 
     mode: Literal["compile", "interpret"] = "compile"
@@ -24,29 +25,46 @@ class Options:
     gemm_rows: int = 16
     instances: int = 16
     huge_pages: bool = True
+    fuse: int = 16
 
 
 @dataclass
 class Report:
-    """What a compiled step consists of; grows when a new variant (one or more rows, one or more tokens) is compiled.
+    """What a compiled step consists of; grows when it meets new sizes.
 
-    * ``seconds``: by stage; ``variants``: the fixed sizes of each compiled variant (None: any size from 2 on).
-    * ``lowered``: operations that have kernels here, with counts; ``foreign``: those that went to Inductor.
-    * ``regions``: calls of Inductor's code a step; ``distinct_regions``: different ones among them.
-    * ``cache_hits``, ``cache_misses``: of built files; ``notices``: what a user should know.
+    * ``seconds``: by stage; ``plans``: the sizes planned so far, in order.
+    * Operations, with counts (the most at any sizes): ``native`` have kernels here, ``eager`` are calls of torch,
+      ``inductor`` are compiled by Inductor.
+    * ``regions``: runs of such calls between kernels; ``cache_hits``, ``cache_misses``: of built files.
+    * ``notices``: what a user should know.
     * ``huge_page_bytes``: bytes of weights on huge pages; None until their thread is done.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
-    variants: list[dict[str, int | None]] = field(default_factory=list)
-    lowered: Counter[str] = field(default_factory=Counter)
-    foreign: Counter[str] = field(default_factory=Counter)
+    plans: list[dict[str, int]] = field(default_factory=list)
+    native: Counter[str] = field(default_factory=Counter)
+    eager: Counter[str] = field(default_factory=Counter)
+    inductor: Counter[str] = field(default_factory=Counter)
     regions: int = 0
-    distinct_regions: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
     notices: list[str] = field(default_factory=list)
     huge_page_bytes: int | None = None
+
+    @property
+    def foreign(self) -> Counter[str]:
+        """Operations without a kernel here."""
+        return self.eager + self.inductor
+
+    @property
+    def operations(self) -> dict[str, int]:
+        """How many operations run natively, eagerly and in Inductor's code."""
+        return {name: getattr(self, name).total() for name in ("native", "eager", "inductor")}
+
+    def notice(self, text: str) -> None:
+        """Tell the user something, once."""
+        if text not in self.notices:
+            self.notices.append(text)
 
     def count(self, hit: bool) -> None:
         """Record that a built file was found in the cache, or was not."""

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.node import map_arg
 
 from accelc.codegen.arrays import Array
 from accelc.codegen.instructions import OPS, Instruction, Scratch, code
-from accelc.codegen.schedule import Region, Schedule, lower
-from accelc.codegen.shapes import Shapes
+from accelc.codegen.schedule import Region, Schedule, lower, tensors_in
 from accelc.ir.compat import storage_key
 
 ALIGNMENT = 64
@@ -38,7 +38,7 @@ class Native:
 
 @dataclass(frozen=True)
 class Gemm:
-    """out = x @ weight.T (+ bias), by torch."""
+    """out = x @ weight.mT (+ bias), by torch; matrices, or one of each a batch element."""
 
     x: Array
     weight: Array
@@ -48,7 +48,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Call:
-    """A region of Inductor's. `inputs`: arrays and ints; `outputs`: one root and expected strides each."""
+    """A region without kernels. `inputs`: arrays and numbers; `outputs`: one root and expected strides each."""
 
     function: Callable[..., Any]
     inputs: tuple[Array | int, ...]
@@ -73,6 +73,8 @@ class Plan:
     outputs: list[Array] = field(default_factory=list)
     fresh: dict[int, Array] = field(default_factory=dict)
     """Root -> the whole array to allocate at each run for an output."""
+    constants: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Root -> a tensor that depends on sizes alone."""
 
 
 class Roots:
@@ -91,54 +93,48 @@ class Roots:
         return self.base_of[root]
 
 
-def make_array(value: torch.Tensor, shapes: Shapes, sizes: Mapping[str, int]) -> Array:
-    """Where a fake value lies at `sizes`."""
-    number = shapes.number
-    return Array(
-        storage_key(value),
-        value.dtype,
-        number(value.storage_offset(), sizes),
-        tuple(number(n, sizes) for n in value.shape),
-        tuple(number(n, sizes) for n in value.stride()),
-    )
+def make_array(value: torch.Tensor) -> Array:
+    """Where a value lies, known from its meta tensor."""
+    return Array(storage_key(value), value.dtype, value.storage_offset(), tuple(value.shape), value.stride())
 
 
 def plan(
     graph: fx.Graph,
-    shapes: Shapes,
+    values: Mapping[fx.Node, Any],
     order: Schedule,
     functions: Mapping[int, Callable[..., Any]],
-    sizes: Mapping[str, int],
     gemm_rows: int,
 ) -> Plan:
-    """Lower the schedule at `sizes`. `functions`: compiled regions by id."""
-    values = shapes.values
+    """Lower the schedule. `values`: of each node, at the plan's sizes; `functions`: what runs the regions, by id."""
     memo: dict[int, Array] = {}
 
     def array(value: torch.Tensor) -> Array:
         if id(value) not in memo:
-            memo[id(value)] = make_array(value, shapes, sizes)
+            memo[id(value)] = make_array(value)
         return memo[id(value)]
 
     roots = Roots()
     inputs = [roots.add(storage_key(values[n])) for n in graph.nodes if n.op == "placeholder"]
+    constants = _constants(graph, values, order.kinds)
     for node in graph.nodes:
         if node.op == "get_attr":
             roots.add(storage_key(values[node]))
+    for root in constants:
+        roots.add(root)
     outputs = [array(values[n]) for n in graph.output_node().args[0]]  # type: ignore[union-attr, index]
     steps: list[Instruction | Gemm | Call] = []
     fresh: dict[int, Array] = {}
     returned = {out.root for out in outputs}
     for item in order.items:
         if isinstance(item, Region):
-            given = tuple(_argument(values[n], array, shapes, sizes) for n in item.inputs)
+            given = tuple(array(v) if isinstance(v := values[n], torch.Tensor) else v for n in item.inputs)
             results = tuple(array(values[n]) for n in item.outputs)
             for result in results:
                 roots.add(result.root)
             steps.append(Call(functions[id(item)], given, results))
             continue
         lowered = lower(item, values.__getitem__, array)
-        assert lowered is not None, f"{item} was covered at sample sizes and is not at {sizes}"
+        assert lowered is not None, f"{item} was covered when it was scheduled"
         out = values[item]
         if isinstance(out, torch.Tensor) and storage_key(out) in returned:
             roots.add(storage_key(out))
@@ -146,22 +142,43 @@ def plan(
         steps += [_product(ins, gemm_rows) for ins in lowered]
     steps, offsets, total = _place(steps, roots)
     stages, stream = _stages(steps, roots, offsets)
-    return Plan(stages, stream, total, dict(roots.base_of), offsets, roots.count, inputs, outputs, fresh)
+    return Plan(stages, stream, total, dict(roots.base_of), offsets, roots.count, inputs, outputs, fresh, constants)
 
 
-def _argument(
-    value: Any, array: Callable[[torch.Tensor], Array], shapes: Shapes, sizes: Mapping[str, int]
-) -> Array | int:
-    return array(value) if isinstance(value, torch.Tensor) else shapes.number(value, sizes)
+def _constants(graph: fx.Graph, values: Mapping[fx.Node, Any], kinds: Mapping[fx.Node, str]) -> dict[int, torch.Tensor]:
+    """Root -> what a "constant" node computes, laid out as its meta tensor says."""
+    real: dict[fx.Node, Any] = {}
+    found: dict[int, torch.Tensor] = {}
+
+    def value(node: fx.Node) -> Any:
+        if node not in real:
+            if not tensors_in(values[node]):
+                return values[node]
+            args, kwargs = map_arg((node.args, node.kwargs), value)
+            real[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return real[node]
+
+    for node in graph.nodes:
+        if kinds[node] == "constant":
+            for made, want in zip(tensors_in(value(node)), tensors_in(values[node])):
+                found[storage_key(want)] = torch.empty_strided(want.shape, want.stride(), dtype=want.dtype).copy_(made)
+    return found
 
 
 def _product(ins: Instruction, gemm_rows: int) -> Instruction | Gemm:
-    if ins.op != "linear":
+    """Products of many rows are torch's."""
+    if ins.op == "linear":
+        x, weight, bias, _, out = ins.arrays
+    elif ins.op == "product":
+        x, matrix, bias, out = ins.arrays
+        weight = matrix.transposed()  # type: ignore[union-attr]
+    else:
         return ins
-    x, weight, bias, _, out = ins.arrays
-    if x is None or weight is None or out is None or x.size[0] <= gemm_rows:
+    if x is None or weight is None or out is None or x.size[-2] <= gemm_rows:
         return ins
-    return Gemm(x, weight, bias, out)
+    if x.ndim > 2:
+        x, weight, out = (a.batched() for a in (x, weight, out))
+    return ins if x is None or weight is None or out is None else Gemm(x, weight, bias, out)
 
 
 def _touched(step: Instruction | Gemm | Call) -> tuple[list[Array], list[Array]]:

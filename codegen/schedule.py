@@ -1,6 +1,6 @@
-"""Which operations become instructions, which go to Inductor together, and in which order all of it runs.
+"""Which operations become instructions, which others run together, and in which order all of it runs.
 
-Levels: a region of Inductor's and the instructions after it share a level; a value that a region needs from an
+Levels: a region of other operations and the instructions after it share a level; a value that a region needs from an
 instruction puts the region one level higher. All foreign operations of one level form one region, which is convex by
 construction.
 """
@@ -17,21 +17,19 @@ import torch
 import torch.fx as fx
 from torch.fx.node import map_arg
 
+from accelc.codegen import positions, products  # noqa: F401  (register rules)
 from accelc.codegen.arrays import Array
 from accelc.codegen.errors import MutationError
 from accelc.codegen.instructions import RULES, Instruction
-from accelc.codegen.shapes import Shapes
 from accelc.ir.compat import storage_key
 from accelc.ir.errors import around
 
-SHAPED = (torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.unflatten.int)
-"""Rules that take sizes and do not look at them."""
 UPDATE = torch.ops.accelc.cache_update.default
 
 
 @dataclass
 class Region:
-    """Nodes that Inductor compiles together; `inputs` and `outputs` are the values that cross its border."""
+    """Nodes without kernels that run together; `inputs` and `outputs` are the values that cross its border."""
 
     nodes: list[fx.Node]
     inputs: list[fx.Node] = field(default_factory=list)
@@ -40,7 +38,9 @@ class Region:
 
 @dataclass
 class Schedule:
-    """`items` in the order of execution: nodes that have a rule, and regions. `kinds` says what became of each node."""
+    """`items` in the order of execution: nodes that have a rule, and regions. `kinds`: what became of each node, as
+    `_classify` says.
+    """
 
     items: list[fx.Node | Region]
     kinds: dict[fx.Node, str]
@@ -61,9 +61,7 @@ def lower(
 ) -> list[Instruction] | None:
     """The instructions of a node, or None where no kernel covers it. `value`: fake values; `array`: where one lies."""
     found = RULES.get(node.target)
-    if found is None or any(
-        isinstance(value(n), torch.SymInt) for n in node.all_input_nodes if node.target not in SHAPED
-    ):
+    if found is None:
         return None
 
     def concrete(x: Any) -> Any:
@@ -75,10 +73,10 @@ def lower(
     return None if result is None else list(result)
 
 
-def schedule(graph: fx.Graph, shapes: Shapes, array: Callable[[torch.Tensor], Array]) -> Schedule:
-    """Classify and order the nodes. `array` gives arrays at sample sizes, for the rules to look at."""
-    kinds = _classify(graph, shapes, array)
-    levels = _levels(graph, shapes.values, kinds)
+def schedule(graph: fx.Graph, values: Mapping[fx.Node, Any], array: Callable[[torch.Tensor], Array]) -> Schedule:
+    """Classify and order the nodes. `values`: of each node, at given sizes; `array`: where a tensor lies."""
+    kinds = _classify(graph, values, array)
+    levels = _levels(graph, values, kinds)
     foreign: dict[int, Region] = {}
     native: dict[int, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
@@ -89,23 +87,27 @@ def schedule(graph: fx.Graph, shapes: Shapes, array: Callable[[torch.Tensor], Ar
     items: list[fx.Node | Region] = []
     for level in sorted({*foreign, *native}):
         if level in foreign:
-            items.append(_border(foreign[level], graph, shapes.values, kinds))
+            items.append(_border(foreign[level], graph, values, kinds))
         items += native[level]
     return Schedule(items, kinds)
 
 
-def _classify(graph: fx.Graph, shapes: Shapes, array: Callable[[torch.Tensor], Array]) -> dict[fx.Node, str]:
-    """ "input", "constant", "size" (no tensor), "view" (no work), "native" (has instructions) or "foreign"
-    (Inductor's).
+def _classify(
+    graph: fx.Graph, values: Mapping[fx.Node, Any], array: Callable[[torch.Tensor], Array]
+) -> dict[fx.Node, str]:
+    """ "input", "attribute", "size" (no tensor), "constant" (made from sizes alone, computed once a plan), "view" (no
+    work), "native" (has instructions) or "foreign" (torch's or Inductor's).
     """
     kinds: dict[fx.Node, str] = {}
-    values = shapes.values
+    returned = {storage_key(t) for n in graph.output_node().all_input_nodes for t in tensors_in(values[n])}
+    static: set[fx.Node] = set()
     for node in graph.nodes:
         value = values.get(node)
         if node.op in ("placeholder", "get_attr", "output"):
-            kinds[node] = {"placeholder": "input", "get_attr": "constant", "output": "output"}[node.op]
-        elif node.target is operator.getitem and kinds[node.args[0]] == "foreign":
-            kinds[node] = "foreign"
+            kinds[node] = {"placeholder": "input", "get_attr": "attribute", "output": "output"}[node.op]
+            continue
+        if node.target is operator.getitem and kinds[node.args[0]] in ("foreign", "constant"):
+            kinds[node] = kinds[node.args[0]]
         elif node.target is UPDATE:
             kinds[node] = "native" if lower(node, values.__getitem__, array) is not None else "foreign"
         elif not tensors_in(value):
@@ -114,10 +116,20 @@ def _classify(graph: fx.Graph, shapes: Shapes, array: Callable[[torch.Tensor], A
             raise MutationError(f"{node.target} writes to a tensor.", where="\n" + around(graph, node))
         elif _is_view(node, values):
             kinds[node] = "view"
+        elif _is_static(node, values, static) and not returned & {storage_key(t) for t in tensors_in(value)}:
+            kinds[node] = "constant"
         else:
             covered = isinstance(value, torch.Tensor) and lower(node, values.__getitem__, array) is not None
             kinds[node] = "native" if covered else "foreign"
+        if kinds[node] in ("size", "constant") or (kinds[node] == "view" and _is_static(node, values, static)):
+            static.add(node)
     return kinds
+
+
+def _is_static(node: fx.Node, values: Mapping[fx.Node, Any], static: set[fx.Node]) -> bool:
+    """Whether a value depends on sizes alone."""
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not random and all(n in static or not tensors_in(values[n]) for n in node.all_input_nodes)
 
 
 def _is_view(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:

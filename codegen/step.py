@@ -1,20 +1,20 @@
 """compile_program: a step program to a callable that runs at the speed of the memory, with next to no overhead.
 
 What runs is a list of instructions over planned memory, executed by our kernels in one parallel section a step
-(codegen/cpu); operations without a kernel are compiled by Inductor, in regions between. Chosen over compiling the
-whole step with AOTInductor, which was measured at 24 s (one token) and 33 s (many) for 16 Llama layers, because every
-layer's calls are compiled again; here a program of known operations needs no compiler at all, and a second process
-only reads the library.
+(codegen/cpu); operations without a kernel run in regions between, by calls of torch or compiled by Inductor. Chosen
+over compiling the whole step with AOTInductor, which was measured at 24 s (one token) and 33 s (many) for 16 Llama
+layers, because every layer's calls are compiled again; here a program of known operations needs no compiler at all, and
+a second process only reads the library.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
@@ -27,13 +27,11 @@ from accelc.codegen.options import Options, Report
 from accelc.codegen.pages import use_huge_pages_soon
 from accelc.codegen.planner import make_array, plan
 from accelc.codegen.profile import Profile, summarize
-from accelc.codegen.regions import Compiled, Regions
+from accelc.codegen.regions import Regions
 from accelc.codegen.schedule import Schedule, schedule
-from accelc.codegen.shapes import Dims, Shapes, propagate
+from accelc.codegen.shapes import Dims, propagate
+from accelc.codegen.symbolic import SymbolicValues
 from accelc.ir.compat import storage_key
-
-SAMPLE = (5, 7, 11, 13)
-"""Sizes at which rules look at a program whose sizes are symbols."""
 
 
 def step_dims(gm: fx.GraphModule) -> dict[str, Dims]:
@@ -45,22 +43,12 @@ def step_dims(gm: fx.GraphModule) -> dict[str, Dims]:
     return {str(n): {0: "B", 1: "N"} if n in ("tokens", "positions", "tree") else {0: "B"} for n in names}
 
 
-@dataclass
-class Variant:
-    """The program at one pattern of fixed and symbolic sizes."""
-
-    shapes: Shapes
-    order: Schedule
-    functions: dict[int, Compiled]
-
-
 class CompiledStep:
     """A compiled program: call it with the inputs, states included; it mutates the states and returns the outputs.
 
-    Inputs must be contiguous CPU tensors with the dtypes and fixed sizes of the examples; varying sizes may be any (a
-    size of 1 and larger ones are compiled apart, when first met; memory is planned once for each combination of
-    sizes). Weights are read where they are, by reference. One call at a time runs; others wait. `report` says what
-    was compiled.
+    Inputs must be contiguous CPU tensors with the dtypes and fixed sizes of the examples; varying sizes may be any
+    (instructions and memory are planned once for each combination of sizes, when first met). Weights are read where
+    they are, by reference. One call at a time runs; others wait. `report` says what was compiled.
     """
 
     def __init__(
@@ -76,13 +64,13 @@ class CompiledStep:
         # Where to read each varying size at a call.
         self._read = {name: (i, d) for i, named in reversed(list(enumerate(self._dims))) for d, name in named.items()}
         self._readers = tuple(self._read.values())
-        self._variants: list[Variant] = []
         self._instances: OrderedDict[tuple[int, ...], Instance] = OrderedDict()
         self._passed: dict[tuple[int, ...], list[weakref.ref[Tensor]]] = {}
         self._lock = threading.Lock()
         self.report = Report()
         self._threads = options.threads or torch.get_num_threads()
-        self._regions = Regions(self.report)
+        symbolic = SymbolicValues(gm, self._examples, self._dims)
+        self._regions = Regions(options, self.report, symbolic)
         started = time.perf_counter()
         if options.mode == "compile":
             self._library, hit = native.library(options.march)
@@ -175,45 +163,41 @@ class CompiledStep:
             )
 
     def _instance(self, sizes: tuple[int, ...]) -> Instance:
-        given = dict(zip(self._read, sizes))
-        variant = next((v for v in self._variants if v.shapes.covers(given)), None) or self._compile(given)
+        """Plan for these sizes."""
+        graph, given = self._gm.graph, dict(zip(self._read, sizes))
         started = time.perf_counter()
-        shapes = variant.shapes
-        made = plan(self._gm.graph, shapes, variant.order, variant.functions, given, self._options.gemm_rows)
+        values = propagate(self._gm, self._examples, self._dims, given)
+        order = schedule(graph, values, make_array)
+        self.report.add_seconds("analysis", time.perf_counter() - started)
+        started = time.perf_counter()
+        functions, inductor = {}, set()
+        for region in order.regions():
+            functions[id(region)], compiled = self._regions.compile(region, given)
+            inductor |= set(region.nodes if compiled else ())
+        self.report.add_seconds("regions", time.perf_counter() - started)
+        started = time.perf_counter()
+        made = plan(graph, values, order, functions, self._options.gemm_rows)
         constants = {
-            storage_key(shapes.values[n]): _attribute(self._gm, str(n.target))
-            for n in self._gm.graph.nodes
-            if n.op == "get_attr"
+            storage_key(values[n]): _attribute(self._gm, str(n.target)) for n in graph.nodes if n.op == "get_attr"
         }
         instance = Instance(made, constants, self._library, self._threads)
         self._instances[sizes] = instance
         if len(self._instances) > self._options.instances:
             self._passed.pop(self._instances.popitem(last=False)[0], None)
-        self.report.add_seconds("memory plans", time.perf_counter() - started)
+        self.report.add_seconds("plans", time.perf_counter() - started)
+        self._count(given, order, inductor)
         return instance
 
-    def _compile(self, given: Mapping[str, int]) -> Variant:
-        """A variant that covers these sizes: symbols for all above 1, unless the program then assumes too much."""
-        fixed: dict[str, int | None] = {name: 1 if size == 1 else None for name, size in given.items()}
-        started = time.perf_counter()
-        shapes = propagate(self._gm, self._examples, self._dims, fixed)
-        if not shapes.covers(given):
-            fixed = dict(given)
-            self.report.notices.append(f"compiled for {dict(given)} alone: its shapes take part in decisions")
-            shapes = propagate(self._gm, self._examples, self._dims, fixed)
-        sample = {name: SAMPLE[i] if size is None else size for i, (name, size) in enumerate(fixed.items())}
-        order = schedule(self._gm.graph, shapes, lambda value: make_array(value, shapes, sample))
-        self.report.add_seconds("analysis", time.perf_counter() - started)
-        started = time.perf_counter()
-        functions = {id(r): self._regions.compile(r, shapes, fixed) for r in order.regions()}
-        self.report.add_seconds("inductor", time.perf_counter() - started)
-        self.report.variants.append(fixed)
+    def _count(self, given: dict[str, int], order: Schedule, inductor: set[fx.Node]) -> None:
+        counts: dict[str, Counter[str]] = {"native": Counter(), "eager": Counter(), "inductor": Counter()}
         for node, kind in order.kinds.items():
-            if kind in ("native", "foreign"):
-                (self.report.lowered if kind == "native" else self.report.foreign)[str(node.target)] += 1
-        variant = Variant(shapes, order, functions)
-        self._variants.append(variant)
-        return variant
+            if kind in ("native", "foreign") and node.target is not operator.getitem:
+                name = "native" if kind == "native" else "inductor" if node in inductor else "eager"
+                counts[name][str(node.target)] += 1
+        for name, counter in counts.items():
+            setattr(self.report, name, getattr(self.report, name) | counter)
+        self.report.plans.append(given)
+        self.report.regions = max(self.report.regions, len(order.regions()))
 
 
 def _attribute(gm: fx.GraphModule, path: str) -> Tensor:
@@ -235,6 +219,6 @@ def compile_program(
     `gm`: a graph over aten and the accelc dialect that mutates inputs through accelc::cache_update alone; parameters as
     get_attr, read by reference (tied ones stay shared). `example_inputs`: one tensor per placeholder, of which shape
     and dtype count. `dynamic`: which dims of which placeholder vary, by name of the size; default `step_dims(gm)`.
-    Sizes of one name agree. Raises `ToolchainError`, `RegionError`, `MutationError`.
+    Sizes of one name agree. Raises `ToolchainError`, `MutationError`, `ShapeError`.
     """
     return CompiledStep(gm, example_inputs, step_dims(gm) if dynamic is None else dynamic, options or Options())

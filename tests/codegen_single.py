@@ -18,6 +18,11 @@ def single(target: Callable[..., Any], args: tuple[Any, ...], view: dict[int, tu
     """
     graph, tensors, nodes = fx.Graph(), [], []
     for index, value in enumerate(args):
+        if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
+            names = [f"argument_{index}_{i}" if isinstance(v, Tensor) else None for i, v in enumerate(value)]
+            nodes.append([graph.placeholder(name) if name else None for name in names])
+            tensors += [v for v in value if isinstance(v, Tensor)]
+            continue
         if not isinstance(value, Tensor):
             nodes.append(value)
             continue

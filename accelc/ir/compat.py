@@ -265,12 +265,8 @@ def cpp_compiler() -> str | None:
         return None
 
 
-def inductor_errors() -> tuple[type[Exception], ...]:
-    """What Inductor raises when it cannot compile a graph."""
-    from torch._dynamo.exc import BackendCompilerFailed
-    from torch._inductor.exc import CppCompileError, InductorError, LoweringException
-
-    return (BackendCompilerFailed, CppCompileError, InductorError, LoweringException)
+INDUCTOR_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What Inductor raises when it cannot compile a graph: besides its own errors (RuntimeErrors), whatever escapes it."""
 
 
 def save_inductor_artifact(module: fx.GraphModule, inputs: Sequence[Any], fakes: FakeShapes, path: str) -> None:

@@ -3,6 +3,9 @@
 #include "linear.h"
 #include "plan.h"
 #include "rows.h"
+#include "index.h"
+#include "map.h"
+#include "product.h"
 #include <omp.h>
 #include <sched.h>
 
@@ -33,6 +36,8 @@ int64_t no_scratch(const Instruction&) { return 0; }
 constexpr Op OPS[] = {
     {linear, no_scratch},        {attention, Attention::scratch}, {norm, norm_scratch}, {rotary, rotary_scratch},
     {pointwise, pointwise_scratch}, {copy, no_scratch},           {gather, no_scratch}, {cache_update, no_scratch},
+    {product, Product::scratch}, {softmax, softmax_scratch},      {map, no_scratch},  {index, no_scratch},
+    {key_positions, no_scratch}, {visible, no_scratch},
 };
 
 struct Plan {

@@ -16,19 +16,20 @@ PROGRAM = """
 import json, sys, warnings
 import torch
 from torch import fx
-from accelc.codegen import compile_program
+from accelc.codegen import Options, compile_program
 graph = fx.Graph()
 x, y = graph.placeholder("x"), graph.placeholder("y")
 cumulative = graph.call_function(torch.ops.aten.cumsum.default, (x, 1))
-graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (cumulative, y)),))
+raised = graph.call_function(torch.ops.aten.exp2.default, (cumulative,))
+graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (raised, y)),))
 inputs = [torch.arange(6.0).reshape(2, 3), torch.full((2, 3), 2.0)]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    step = compile_program(fx.GraphModule(torch.nn.Module(), graph), inputs)
+    step = compile_program(fx.GraphModule(torch.nn.Module(), graph), inputs, options=Options(fuse=1))
 ours = [str(w.message) for w in caught if str(w.message).startswith("accelc")]
 print(json.dumps([step.report.cache_hits, step.report.cache_misses, step(*inputs)[0].tolist(), ours]))
 """
-EXPECTED = [[0.0, 2.0, 6.0], [6.0, 14.0, 24.0]]
+EXPECTED = [[2.0, 4.0, 16.0], [16.0, 256.0, 8192.0]]
 
 
 def run(cache: Path, **environment: str) -> list:

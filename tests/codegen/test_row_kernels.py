@@ -152,7 +152,7 @@ def test_cache_update(dim: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None
         step(cache, value, torch.tensor([0, 0, 19]))
 
 
-def test_operations_without_a_kernel_are_left_to_inductor() -> None:
+def test_operations_without_a_kernel_are_left_to_torch() -> None:
     gm, inputs = single(aten.sort.default, (torch.randn(3, 4).double(),))
     graph = gm.graph
     result = next(n for n in graph.nodes if n.op == "call_function")
