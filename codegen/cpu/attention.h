@@ -243,8 +243,8 @@ struct Attention {
       with_dtype(k.dtype, [&](auto tag) { run_tile<decltype(tag)>(t, from, to, into); });
     }
     if (!parts) return;
-    team.barrier();
-    for (int64_t row = team.rank; row < count * TILE; row += team.size) merge(row / TILE, row % TILE, pieces, parts);
+    team.settle();
+    for (int64_t row; (row = team.next()) < count * TILE;) merge(row / TILE, row % TILE, pieces, parts);
   }
 
   void merge(int64_t index, int64_t r, int64_t pieces, float* parts) const {

@@ -13,14 +13,10 @@ namespace accelc {
 
 constexpr int SPINS = 1 << 15;  // about a millisecond
 
-void Team::barrier() {
-  if (size == 1) return;
-  int32_t all = ++*phase * size;
-  if (arrived->fetch_add(1, std::memory_order_acq_rel) + 1 == all) return;
-  for (int spins = 0; arrived->load(std::memory_order_acquire) < all; spins++) {
-    // A partner that the machine has taken off its core must get the chance to come back. But not soon: among other busy
-    // processes, yielding costs a time slice of milliseconds, a thousand times what a barrier waits.
-    if (spins > SPINS) sched_yield();
+void Work::wait() const {
+  for (int spins = 0; inside.load(std::memory_order_acquire) > 0; spins++) {
+    // A partner that the machine has taken off its core must get the chance to come back.
+    if (spins > 4096) sched_yield();
 #if defined(__x86_64__)
     else _mm_pause();
 #endif
@@ -42,7 +38,7 @@ constexpr Op OPS[] = {
 
 struct Plan {
   std::vector<Instruction> instructions;
-  std::unique_ptr<std::atomic<int64_t>[]> cursors;
+  std::unique_ptr<Work[]> works;  // Team::PARTS of each instruction
   int64_t scratch = 0;  // floats a thread
   int threads;
   std::vector<float*> scratches;
@@ -50,18 +46,25 @@ struct Plan {
   ~Plan() { for (float* s : scratches) std::free(s); }
 
   void run(void* const* bases, int64_t begin, int64_t end, std::atomic<int32_t>& error) {
-    for (int64_t i = begin; i < end; i++) cursors[i].store(0, std::memory_order_relaxed);
-    std::atomic<int32_t> arrived{0};
+    for (int64_t i = begin * Team::PARTS; i < end * Team::PARTS; i++) works[i].reset();
+    std::atomic<int64_t> front{begin};  // instructions before it are done
     auto work = [&](int rank, int size) {
-      int32_t phase = 0;
+      int64_t settled = begin;  // as far as this thread knows
       for (int64_t i = begin; i < end; i++) {
+        if (size > 1 && i < front.load(std::memory_order_acquire)) continue;
         const Instruction& ins = instructions[i];
-        Team team{rank, size, bases, &cursors[i], &arrived, &phase, scratches[rank], &error};
+        Team team{rank, size, bases, &works[i * Team::PARTS], scratches[rank], &error};
         bool clocked = seconds && rank == 0;
         double reached = clocked ? omp_get_wtime() : 0;
-        if (ins.sync) team.barrier();
+        if (ins.sync && size > 1) {
+          for (int64_t w = settled * Team::PARTS; w < i * Team::PARTS; w++) works[w].wait();
+          settled = i;
+          for (int64_t at = front.load(std::memory_order_relaxed); at < i && !front.compare_exchange_weak(at, i);) {}
+        }
         double started = clocked ? omp_get_wtime() : 0;
+        if (size > 1) team.work->enter();
         OPS[ins.op].run(ins, team);
+        if (size > 1) team.work->leave();
         if (!clocked) continue;
         seconds[2 * i] += started - reached;
         seconds[2 * i + 1] += omp_get_wtime() - started;
@@ -115,7 +118,7 @@ void* accelc_plan_create(const int64_t* words, int64_t threads) {
     const Instruction& ins = plan->instructions.back();
     plan->scratch = std::max(plan->scratch, OPS[ins.op].scratch(ins));
   }
-  plan->cursors.reset(new std::atomic<int64_t>[plan->instructions.size()]);
+  plan->works.reset(new Work[plan->instructions.size() * Team::PARTS]);
   size_t bytes = (size_t(plan->scratch + W) * sizeof(float) + 4095) / 4096 * 4096;
   for (int64_t i = 0; i < threads; i++) plan->scratches.push_back((float*)aligned_alloc(4096, bytes));
   return plan;

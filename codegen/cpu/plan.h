@@ -23,19 +23,45 @@ struct Tensor {          // strides in elements
   explicit operator bool() const { return base >= 0; }
 };
 
-// The threads that run one instruction together. `next` hands out work items, so that a thread delayed by the machine does
-// not hold up the other; `barrier` is needed only inside an instruction (the executor puts one where data depend).
+// What is left of one part of an instruction. It is done when its items are handed out and nobody is inside: threads that came
+// late, or that the machine has taken off their cores, are not waited for unless they hold an item.
+struct alignas(64) Work {
+  std::atomic<int64_t> cursor{0};
+  std::atomic<int32_t> inside{0};
+  void reset() {
+    cursor.store(0, std::memory_order_relaxed);
+    inside.store(0, std::memory_order_relaxed);
+  }
+  void enter() { inside.fetch_add(1, std::memory_order_acq_rel); }
+  void leave() { inside.fetch_sub(1, std::memory_order_acq_rel); }
+  // For a thread that saw the last item handed out: it then also sees everybody who got one enter (`cursor` carries that).
+  void wait() const;
+};
+
+// The threads that run one instruction together; `next` hands out work items. An instruction with a second part, which reads
+// what the first wrote, calls `settle` between them.
 struct Team {
+  static constexpr int PARTS = 2;
   int rank, size;
   void* const* bases;
-  std::atomic<int64_t>* cursor;
-  std::atomic<int32_t>* arrived;
-  int32_t* phase;        // this thread's own count of barriers passed
+  Work* work;            // of the part that is running
   float* scratch;        // this thread's own
   std::atomic<int32_t>* error;
   void fail(int32_t code) const { error->store(code, std::memory_order_relaxed); }
-  int64_t next() { return size == 1 ? (*cursor)++ : cursor->fetch_add(1, std::memory_order_relaxed); }
-  void barrier();
+  int64_t next() {
+    if (size > 1) return work->cursor.fetch_add(1, std::memory_order_acq_rel);
+    int64_t item = work->cursor.load(std::memory_order_relaxed);
+    work->cursor.store(item + 1, std::memory_order_relaxed);
+    return item;
+  }
+  void settle() {
+    if (size > 1) {
+      work->leave();
+      work->wait();
+      work[1].enter();
+    }
+    work++;
+  }
   template <class T> T* at(const Tensor& t) const { return (T*)((char*)bases[t.base] + t.offset); }
 };
 
