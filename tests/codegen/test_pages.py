@@ -1,0 +1,31 @@
+"""Huge pages under weights: which are asked for, and that contents and addresses stay."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from accelc.codegen.pages import HUGE, spans, use_huge_pages
+
+
+def test_spans_cover_and_merge() -> None:
+    assert spans([(5 * HUGE + 1, 6 * HUGE), (HUGE - 1, HUGE + 1), (3, 4), (7, 7)]) == [
+        (0, 2 * HUGE),
+        (5 * HUGE, 6 * HUGE),
+    ]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_contents_and_address_stay() -> None:
+    weight = torch.arange(6 * HUGE // 4, dtype=torch.int32)
+    at = weight.data_ptr()
+    size = use_huge_pages([weight, weight[3:]])
+    assert weight.data_ptr() == at
+    assert torch.equal(weight, torch.arange(6 * HUGE // 4, dtype=torch.int32))
+    assert size % HUGE == 0
+    if size:  # the kernel may be too old, or have no huge page left
+        fields = (line.split() for line in Path("/proc/self/smaps").read_text().splitlines())
+        assert sum(int(f[1]) for f in fields if f[0] == "AnonHugePages:") * 1024 >= HUGE
