@@ -115,7 +115,7 @@ UNTAGGED = (
     aten.lift_fresh_copy, aten.isin, aten.float_power, aten.type_as, aten.multiply, aten.divide, aten.true_divide,
     aten.subtract, aten.absolute, aten.negative, aten.clip, aten.square, aten.rsub, aten.greater, aten.greater_equal,
     aten.less, aten.less_equal, aten.not_equal, aten.relu6, aten.selu, aten.celu, aten.hardtanh, aten.fix,
-    aten.isfinite,
+    aten.isfinite, aten.log_sigmoid, aten.softsign, aten.tanhshrink, aten.hardswish, aten.hardsigmoid,
     aten.isreal, aten.nan_to_num, aten.lerp, aten.addcmul, aten.addcdiv, aten.prelu, aten.rrelu, aten.logical_xor,
 )  # fmt: skip
 """Pointwise operations, most of them other names of tagged ones, that torch does not tag."""
