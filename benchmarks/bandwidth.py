@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from accelc.codegen.native import library
+from accelc.codegen.pages import use_huge_pages
 
 BYTES = 1 << 29
 """Size of the buffer read: far beyond any cache, about 10 ms."""
@@ -37,11 +38,13 @@ class Sample:
 
 class Bandwidth:
     """Reads a buffer by plain vector loads on `threads` threads (0: torch's number). Keep one instance: filling the
-    buffer takes longer than reading it.
+    buffer takes longer than reading it. It lies on huge pages where the system gives them, as that is what the memory
+    can do: small pages were read at 0.6 of it in a virtual machine, and a limit taken from them can be exceeded.
     """
 
     def __init__(self, size: int = BYTES, threads: int = 0) -> None:
         self._buffer = torch.ones(size // 4096 * 1024)
+        use_huge_pages([self._buffer])
         self._threads = threads or torch.get_num_threads()
         self._library = library()[0]
 

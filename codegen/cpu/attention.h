@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include "plan.h"
 
 namespace accelc {
@@ -70,49 +71,59 @@ struct Attention {
     return TILE * (padded(i.t(0).size[3]) + BLOCK + padded(i.t(2).size[3]) + 4);
   }
 
-  template <class T> static vf lanes(const T* p) { return load(p); }
+  // Calls f with R = 1 to 4 rows at a time, as a compile-time constant: a tile of one row costs one row's work.
+  template <class F> static void by_rows(int64_t rows, F f) {
+    for (int64_t r = 0; r < rows; r += 4) switch (rows - r) {
+      case 1: f(r, std::integral_constant<int, 1>{}); break;
+      case 2: f(r, std::integral_constant<int, 2>{}); break;
+      case 3: f(r, std::integral_constant<int, 3>{}); break;
+      default: f(r, std::integral_constant<int, 4>{});
+    }
+  }
 
-  // scores[r][j] = q_r . k_j
-  template <class T> void dots(const Tile& t, const float* qs, const T* keys, int64_t count, float* scores) const {
+  // scores[r][j] = q_r . k_j for R rows; 4 keys at a time fill the registers, and their sums come out side by side.
+  template <class T, int R> void dots(const float* qs, const T* keys, int64_t count, float* scores) const {
     int64_t ldq = padded(dim), step = k.stride[2], whole = dim / W * W;
-    for (int64_t j = 0; j < count; j++) {
-      const T* key = keys + j * step;
-      int64_t r = 0;
-      for (; r < t.rows; r += 4) {  // rows beyond the last compute on zeros
-        const float* base = qs + r * ldq;
-        vf a = splat(0), b = a, c = a, d = a;
-        for (int64_t x = 0; x < whole; x += W) {
-          vf kv = load(key + x);
-          a += load(base + x) * kv;
-          b += load(base + ldq + x) * kv;
-          c += load(base + 2 * ldq + x) * kv;
-          d += load(base + 3 * ldq + x) * kv;
-        }
-        v4 sum = hsum4(a, b, c, d);
-        for (int64_t x = whole; x < dim; x++) {
-          float kv = load1(key + x);
-          sum += v4{base[x], base[ldq + x], base[2 * ldq + x], base[3 * ldq + x]} * kv;
-        }
-        for (int i = 0; i < 4; i++) scores[(r + i) * BLOCK + j] = sum[i];
+    for (int64_t j = 0; j < count; j += 4) {
+      const T* key[4];
+      for (int n = 0; n < 4; n++) key[n] = keys + std::min(j + n, count - 1) * step;  // past the end: the last again
+      vf acc[R][4] = {};
+      for (int64_t x = 0; x < whole; x += W) {
+        vf kv[4];
+        for (int n = 0; n < 4; n++) kv[n] = load(key[n] + x);
+        for (int r = 0; r < R; r++)
+          for (int n = 0; n < 4; n++) acc[r][n] += load(qs + r * ldq + x) * kv[n];
+      }
+      for (int r = 0; r < R; r++) {
+        v4 sum = hsum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        for (int64_t x = whole; x < dim; x++)
+          sum += v4{load1(key[0] + x), load1(key[1] + x), load1(key[2] + x), load1(key[3] + x)} * qs[r * ldq + x];
+        std::memcpy(scores + r * BLOCK + j, &sum, sizeof(sum));
       }
     }
   }
 
-  // sums[r] += sum_j scores[r][j] v_j
-  template <class T> void mix(const Tile& t, const float* scores, const T* values, int64_t count, float* sums) const {
-    int64_t ld = padded(dim_v), step = v.stride[2], whole = dim_v / W * W;
-    for (int64_t r = 0; r < t.rows; r += 4)
-      for (int64_t x = 0; x < whole; x += W) {
-        vf acc[4];
-        for (int i = 0; i < 4; i++) acc[i] = load(sums + (r + i) * ld + x);
-        for (int64_t j = 0; j < count; j++) {
-          vf val = load(values + j * step + x);
-          for (int i = 0; i < 4; i++) acc[i] += scores[(r + i) * BLOCK + j] * val;
-        }
-        for (int i = 0; i < 4; i++) store(sums + (r + i) * ld + x, acc[i]);
-      }
-    for (int64_t r = 0; r < t.rows; r++)
-      for (int64_t x = whole; x < dim_v; x++)
+  // sums[r][x] += sum_j scores[r][j] v_j[x] for R rows and X vectors of lanes
+  template <class T, int R, int X> void mix_lanes(const float* scores, const T* values, int64_t count, float* sums) const {
+    int64_t ld = padded(dim_v), step = v.stride[2];
+    vf acc[R][X];
+    for (int r = 0; r < R; r++)
+      for (int x = 0; x < X; x++) acc[r][x] = load(sums + r * ld + x * W);
+    for (int64_t j = 0; j < count; j++) {
+      vf val[X];
+      for (int x = 0; x < X; x++) val[x] = load(values + j * step + x * W);
+      for (int r = 0; r < R; r++)
+        for (int x = 0; x < X; x++) acc[r][x] += scores[r * BLOCK + j] * val[x];
+    }
+    for (int r = 0; r < R; r++)
+      for (int x = 0; x < X; x++) store(sums + r * ld + x * W, acc[r][x]);
+  }
+  template <class T, int R> void mix(const float* scores, const T* values, int64_t count, float* sums) const {
+    int64_t ld = padded(dim_v), step = v.stride[2], x = 0;
+    for (; x + 4 * W <= dim_v; x += 4 * W) mix_lanes<T, R, 4>(scores, values + x, count, sums + x);
+    for (; x + W <= dim_v; x += W) mix_lanes<T, R, 1>(scores, values + x, count, sums + x);
+    for (; x < dim_v; x++)
+      for (int r = 0; r < R; r++)
         for (int64_t j = 0; j < count; j++) sums[r * ld + x] += scores[r * BLOCK + j] * load1(values + j * step + x);
   }
 
@@ -156,8 +167,7 @@ struct Attention {
     float* top = sums + TILE * padded(dim_v);
     float* denominator = top + TILE;
     int64_t ld = padded(dim_v);
-    std::fill(qs, scores, 0.f);
-    std::fill(sums, top, 0.f);
+    std::fill(sums, sums + t.rows * ld, 0.f);
     std::fill(top, top + TILE, -INFINITY);
     std::fill(denominator, denominator + TILE, 0.f);
     for (int64_t r = 0; r < t.rows; r++) {
@@ -169,7 +179,9 @@ struct Attention {
     const T* values = team.at<T>(v) + t.b * v.stride[0] + t.kv * v.stride[1];
     for (int64_t slot = begin; slot < end; slot += BLOCK) {
       int64_t count = std::min<int64_t>(BLOCK, end - slot);
-      dots(t, qs, keys + slot * k.stride[2], count, scores);
+      by_rows(t.rows, [&](int64_t r, auto n) {
+        dots<T, n()>(qs + r * padded(dim), keys + slot * k.stride[2], count, scores + r * BLOCK);
+      });
       for (int64_t r = 0; r < t.rows; r++) {
         float* s = scores + r * BLOCK;
         std::fill(s + count, s + BLOCK, -INFINITY);
@@ -194,8 +206,9 @@ struct Attention {
           for (int64_t x = 0; x < ld; x += W) store(sums + r * ld + x, load(sums + r * ld + x) * shrink);
         top[r] = high;
       }
-      for (int64_t r = t.rows; r < TILE; r++) std::fill(scores + r * BLOCK, scores + (r + 1) * BLOCK, 0.f);
-      mix(t, scores, values + slot * v.stride[2], count, sums);
+      by_rows(t.rows, [&](int64_t r, auto n) {
+        mix<T, n()>(scores + r * BLOCK, values + slot * v.stride[2], count, sums + r * ld);
+      });
     }
     for (int64_t r = 0; r < t.rows; r++) {
       if (partial) {
