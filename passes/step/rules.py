@@ -109,19 +109,17 @@ def negative(dim: int, rank: int) -> int:
 # -- element by element ----------------------------------------------------------------------------------------------
 
 
-UNTAGGED = (
-    aten.to, aten._to_copy, aten.__and__, aten.__or__, aten.__xor__, aten.__lshift__, aten.__rshift__, aten.clone,
-    aten.contiguous, aten.where, aten.dropout, aten.copy, aten.floor_divide, aten.masked_fill, aten.alias, aten.detach,
-    aten.lift_fresh_copy, aten.isin, aten.float_power, aten.type_as, aten.multiply, aten.divide, aten.true_divide,
-    aten.subtract, aten.absolute, aten.negative, aten.clip, aten.square, aten.rsub, aten.greater, aten.greater_equal,
-    aten.less, aten.less_equal, aten.not_equal, aten.relu6, aten.selu, aten.celu, aten.hardtanh, aten.fix,
-    aten.isfinite, aten.log_sigmoid, aten.softsign, aten.tanhshrink, aten.hardswish, aten.hardsigmoid,
-    aten.isreal, aten.nan_to_num, aten.lerp, aten.addcmul, aten.addcdiv, aten.prelu, aten.rrelu, aten.logical_xor,
-)  # fmt: skip
-"""Pointwise operations, most of them other names of tagged ones, that torch does not tag."""
+UNTAGGED = """
+    to _to_copy __and__ __or__ __xor__ __lshift__ __rshift__ clone contiguous where dropout copy floor_divide
+    masked_fill alias detach lift_fresh_copy isin float_power type_as multiply divide true_divide subtract
+    absolute negative clip square rsub greater greater_equal less less_equal not_equal relu6 selu celu hardtanh
+    fix isfinite log_sigmoid softsign tanhshrink hardswish hardsigmoid isreal nan_to_num lerp addcmul addcdiv
+    prelu rrelu logical_xor
+"""
+"""Pointwise operations, most of them other names of tagged ones, that torch does not tag; not every version has all."""
 
 
-@rule(*UNTAGGED)
+@rule(*(getattr(aten, name) for name in UNTAGGED.split() if hasattr(aten, name)))
 @rule(torch.ops.accelc.gated_activation)
 def pointwise(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     """Each element from the elements that broadcast to it."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import Tensor, nn
 
 from accelc.capture import capture
@@ -16,6 +17,7 @@ from accelc.passes.check_step import check_step
 from accelc.passes.derive_step import DeriveStep
 from accelc.passes.normalise import Normalise
 from accelc.passes.raise_attention import RaiseAttention
+from accelc.pipeline import step_pipeline
 
 VOCABULARY, WIDTH, HEADS, LENGTH = 23, 16, 4, 32
 
@@ -300,3 +302,29 @@ def test_check_notices_nan() -> None:
 
     with pytest.raises(CheckError):
         check_step(forward, step, run)
+
+
+# -- half precision
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
+def test_models_that_amplify_rounding_pass_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    forward = capture(FAMILIES[name].build().to(dtype), max_length=LENGTH)
+    modes = check_step(forward, step_pipeline().run(forward))
+    assert max(mode.error for mode in modes) < 0.4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_check_notices_a_lost_key_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """The bound that rounding raises must not hide a fault: here each layer forgets all but the last three keys."""
+    forward = capture(FAMILIES[name].build().to(dtype), max_length=LENGTH)
+    step = step_pipeline().run(forward).clone()
+    for node in step.graph.nodes:
+        if node.target is torch.ops.accelc.attention.default:
+            node.args = (*node.args[:9], "window", 3, *node.args[11:])
+    step.module.recompile()
+    with pytest.raises(CheckError):
+        check_step(forward, step)
