@@ -80,10 +80,12 @@ def main(
                 if record.name in ("derive_step", "absorb_projections"):
                     Console().print(f"  {record.name}: {note}", highlight=False)
     lines += [
-        "", "Llama caches eight key and eight value heads, before they are repeated for the 32 query heads. Bloom has
-        no", "rotary embedding and caches plain keys and values. DeepSeek-V3 caches the latent with the rotary part of
-        the", f"keys, 512 + 64 numbers, in place of {128 * (192 + 128)} for the keys and values of all heads.", "",
-    ]  # fmt: skip
+        "",
+        "Llama caches eight key and eight value heads, before they are repeated for the 32 query heads. Bloom",
+        "has no rotary embedding and caches plain keys and values. DeepSeek-V3 caches the latent with the",
+        f"rotary part of the keys, 512 + 64 numbers, in place of {128 * (192 + 128)} for all heads.",
+        "",
+    ]
     table.write_text("\n".join(lines), encoding="utf-8")
 
 
