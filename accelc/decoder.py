@@ -68,7 +68,9 @@ class CompiledDecoder(Decoder):
         times.add_row(*(f"{s:.2f}" for s in self.report.seconds.values()))
         lines = [f"check: {mode} of the logits' spread" for mode in self.report.modes]
         lines += [f"notice: {text}" for text in self.report.notices]
-        for report in self.report.compiled.values():
+        for name, report in self.report.compiled.items():
+            counts = ", ".join(f"{count} {kind}" for kind, count in report.operations.items())
+            lines.append(f"operations of {name}: {counts}")
             lines += [f"notice: {text}" for text in report.notices]
         return Group(passes_table(step), caches, times, *lines)
 

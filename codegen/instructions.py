@@ -221,7 +221,7 @@ def gated_activation(out: Array, gate: Array, up: Array, kind: str):
 def copy(out: Array, a: Array) -> Sequence[Instruction] | None:
     """The same values in other memory."""
     source, into = merge_together((a, out))
-    if into.ndim > MAX_DIMS or a.dtype.itemsize not in BY_ITEMSIZE:
+    if source is None or into is None or into.ndim > MAX_DIMS or a.dtype.itemsize not in BY_ITEMSIZE:
         return None
     return [Instruction("copy", (source, into), (1,), raw=True)]
 

@@ -123,7 +123,8 @@ def index_select(out: Array, table: Array, dim: int, indices: Array):
 def _look_up(out: Array, base: Array, indices: Sequence[Array], steps: Sequence[tuple[int, int]]):
     """`base` and `indices` have out's shape; `steps`: size of each indexed dim, and elements between its entries."""
     arrays = merge_together((base, out, *indices))
-    if out.dtype.itemsize not in BY_ITEMSIZE or arrays[1].ndim > MAX_DIMS:
+    merged = arrays[1]
+    if merged is None or merged.ndim > MAX_DIMS or out.dtype.itemsize not in BY_ITEMSIZE:
         return None
     return [Instruction("index", (*arrays,), (1,), tuple(x for pair in steps for x in pair), raw=True)]
 
