@@ -28,6 +28,28 @@ template <> struct Dot<bf16> {  // pairs of bf16 into one fp32 lane
 };
 #endif
 
+// MR dot products of one weight row, which streams through once.
+template <class T, int MR> inline void dot_rows(const T* x, int64_t ldx, const T* w, int64_t k_size, float* out) {
+  using D = Dot<T>;
+  constexpr int U = MR > 2 ? 2 : 4;  // sums in flight a row of x
+  vf acc[MR][U] = {};
+  int64_t k = 0;
+  for (; k + U * D::STEP <= k_size; k += U * D::STEP)
+    for (int u = 0; u < U; u++) {
+      __builtin_prefetch((const char*)(w + k + u * D::STEP) + AHEAD_ONE, 0, 2);
+      auto b = D::get(w + k + u * D::STEP);
+      for (int m = 0; m < MR; m++) acc[m][u] = D::mac(D::get(x + m * ldx + k + u * D::STEP), b, acc[m][u]);
+    }
+  for (; k + D::STEP <= k_size; k += D::STEP)
+    for (int m = 0; m < MR; m++) acc[m][0] = D::mac(D::get(x + m * ldx + k), D::get(w + k), acc[m][0]);
+  for (int m = 0; m < MR; m++) {
+    vf sum = acc[m][0];
+    for (int u = 1; u < U; u++) sum += acc[m][u];
+    out[m] = hsum(sum);
+    for (int64_t j = k; j < k_size; j++) out[m] += load1(x + m * ldx + j) * load1(w + j);
+  }
+}
+
 // MR x NR dot products of length k_size. `ahead` (bytes) is how far in front of these weights to prefetch; 0: not at all.
 template <class T, int MR, int NR>
 inline void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t k_size, int64_t ahead, float (*out)[NR]) {
@@ -38,19 +60,22 @@ inline void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t k
     typename D::operand b[NR];
     for (int n = 0; n < NR; n++) {
       b[n] = D::get(w + n * ldw + k);
-      if (ahead) __builtin_prefetch((const char*)(w + n * ldw + k) + ahead);
+      if (ahead) __builtin_prefetch((const char*)(w + n * ldw + k) + ahead, 0, 2);
     }
     for (int m = 0; m < MR; m++) {
       auto a = D::get(x + m * ldx + k);
       for (int n = 0; n < NR; n++) acc[m][n] = D::mac(a, b[n], acc[m][n]);
     }
   }
-  for (int m = 0; m < MR; m++)
+  for (int m = 0; m < MR; m++) {
+    v4 folded{};
+    if constexpr (NR == 4) folded = hsum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
     for (int n = 0; n < NR; n++) {
-      float sum = hsum(acc[m][n]);
+      float sum = NR == 4 ? folded[n] : hsum(acc[m][n]);
       for (int64_t j = k; j < k_size; j++) sum += load1(x + m * ldx + j) * load1(w + n * ldw + j);
       out[m][n] = sum;
     }
+  }
 }
 
 // One dot product, for one row of x: a single stream over the weights with several sums in flight.
@@ -115,6 +140,12 @@ template <class T> struct Linear {
       case 1: tile<1, N>(m, n); break;
     }
   }
+  template <int M> void few(int64_t n, int64_t end) const {  // for M rows of x that fit in the first-level cache together
+    for (float sums[M]; n < end; n++) {
+      dot_rows<T, M>(x, ldx, w + n * ldw, k_size, sums);
+      for (int m = 0; m < M; m++) put(m, n, sums[m]);
+    }
+  }
   void single(int64_t n, int64_t end) const {  // the same for one row of x
     if (k_size * int64_t(sizeof(T)) > SHORT)
       for (; n + NR <= end; n += NR) {
@@ -126,6 +157,11 @@ template <class T> struct Linear {
   }
   void range(int64_t n, int64_t end) const {  // weight rows [n, end)
     if (m_size == 1) return single(n, end);
+    if (m_size <= 4 && m_size * k_size * int64_t(sizeof(T)) <= 2 * SHORT) switch (m_size) {
+      case 2: return few<2>(n, end);
+      case 3: return few<3>(n, end);
+      case 4: return few<4>(n, end);
+    }
     for (; n + NR <= end; n += NR) block<NR>(n);
     for (; n < end; n++) block<1>(n);
   }
