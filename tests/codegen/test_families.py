@@ -18,7 +18,7 @@ def _name(name: str):
     return pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(_name, names(Expect.DERIVED)))
+@pytest.mark.parametrize("name", [_name(n) for n in names(Expect.DERIVED)])
 def test_native_equals_the_model(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()

@@ -87,7 +87,7 @@ def test_tokenizer_objects(tiny):
         {"stop_strings": ["x"]},
         {"tokenizer": 3},
     ],
-    ids=str,
+    ids=lambda options: " ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items()),
 )
 def test_wrong_conditions(tiny, options):
     decoder = tiny.decoder()
