@@ -29,6 +29,16 @@ from accelc.runtime.prompts import check_range, split_rows
 from accelc.runtime.steps import StatePool, Steps
 
 
+def round_up(tokens: int, chunk: int) -> int:
+    """The width that a prefill of `tokens` is padded to: 1, powers of two, then multiples of 16, at most `chunk`.
+
+    A compiled step plans its memory for each width it meets, so prompts share a few; the padding costs less than a
+    plan.
+    """
+    width = 1 << (tokens - 1).bit_length() if tokens <= 16 else -(-tokens // 16) * 16
+    return min(width, chunk)
+
+
 class Session:
     """B rows; row b holds ``lengths[b]`` committed tokens, in slots 0 .. lengths[b] - 1 of every state.
 
@@ -71,9 +81,9 @@ class Session:
         chunk, device = self.steps.chunk, self.steps.device
         counts = torch.tensor([len(p) for p in prompts])
         longest = int(counts.max())
-        padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(
-            device
-        )  # [B, longest], zeros behind
+        padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)  # [B, longest], zeros behind
+        last_width = (longest - 1) % chunk + 1
+        padded = torch.nn.functional.pad(padded, (0, round_up(last_width, chunk) - last_width)).to(device)
         final: Tensor | None = None
         for begin in range(0, longest, chunk):
             tokens = padded[:, begin : begin + chunk].contiguous()

@@ -125,3 +125,11 @@ def test_nan_is_reported_and_leaves_no_trace(tiny):
     for state in session._states:
         assert state.isfinite().all()
     same(session.step(torch.tensor([4, 7]))[1, 0], tiny.forward(torch.tensor([*PROMPTS[1], 7]))[-1])
+
+
+def test_prompts_share_a_few_prefill_widths():
+    from accelc.runtime.session import round_up
+
+    assert [round_up(n, 256) for n in (1, 2, 3, 9, 16, 17, 33, 250, 256)] == [1, 2, 4, 16, 16, 32, 48, 256, 256]
+    assert round_up(9, 10) == 10
+    assert all(n <= round_up(n, 64) <= 64 for n in range(1, 65))
