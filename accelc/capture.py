@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.fx as fx
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
@@ -40,10 +41,16 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
         raise MetaDeviceError(f"{len(on_meta)} tensors are on the meta device, the first: {on_meta[0]}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     wrapper = LogitsOnly(model)
-    example = torch.ones(EXAMPLE, dtype=torch.int64, device=device)
+    example = torch.zeros(EXAMPLE, dtype=torch.int64, device=device)
     with _evaluation(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logits = wrapper(example)
+        try:
+            logits = wrapper(example)
+        except (TypeError, IndexError, ValueError, RuntimeError) as error:
+            raise CaptureError(
+                f"the forward of {type(model).__name__} fails on token ids {list(EXAMPLE)}: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
         if logits.dim() != 3 or logits.shape[:2] != example.shape:
             raise NoLogitsError(
                 f"the forward of {type(model).__name__} maps ids {list(EXAMPLE)} to a tensor {list(logits.shape)}"
@@ -70,12 +77,27 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Mo
     """
     path = Path(source)
     if not (path / "config.json").is_file():
-        raise InputError(f"no config.json in {path}", remedy="Give a directory written by save_pretrained.")
+        what = (
+            f"no config.json in {path}" if path.is_dir() else f"no such directory: {path} (looking for its config.json)"
+        )
+        raise InputError(what, remedy="Give a directory written by save_pretrained.")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-    ).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"no model could be loaded from {path}: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            remedy="The directory must hold a valid config.json and all weights as safetensors.",
+        ) from error
+
+
+def forward_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The model's own logits [B, T, V] for tokens [B, T], in evaluation mode and without gradient."""
+    with _evaluation(model), torch.no_grad():
+        return LogitsOnly(model)(tokens)
 
 
 class LogitsOnly(nn.Module):
@@ -91,7 +113,7 @@ class LogitsOnly(nn.Module):
         out = self.model(tokens, **self.options)
         if isinstance(out, Tensor):
             return out
-        logits = getattr(out, "logits", None)
+        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
         if logits is None and isinstance(out, tuple | list) and out:
             logits = out[0]
         if not isinstance(logits, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,17 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from accelc.capture import capture, load_model
+from accelc.capture import capture, forward_logits, load_model
 from accelc.codegen import CompiledStep, Options, compile_program
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.fingerprint import fingerprint
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import InputError, UnknownOptionError
 from accelc.passes import Pass
-from accelc.passes.check_step import check_step
+from accelc.passes.check_step import MOST, TOLERANCES, check_step
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
 from accelc.program_cache import load_programs, store_programs
 from accelc.runtime import cache_capacity
+
+log = logging.getLogger(__name__)
 
 Backend = Literal["native", "eager"]
 Check = Literal["full", "quick", "off"]
@@ -72,14 +75,13 @@ def compile(
         raise InputError(f"backend is {backend!r}", remedy="Use 'native' or 'eager'.")
     if check not in ("full", "quick", "off"):
         raise InputError(f"check is {check!r}", remedy="Use 'full', 'quick' or 'off'.")
+    check_types(max_length, max_batch, chunk, passes, disable, require)
     if isinstance(model, str | Path):
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         model = load_model(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module or a directory, got {type(model).__name__}")
     length = max_length if max_length is not None else default_length(model)
-    if length < 2:
-        raise InputError(f"max_length is {length}", remedy="Use at least 2 tokens.")
     chunk = min(chunk, length)
     capacity = cache_capacity(length, chunk)
     report = CompileReport()
@@ -104,10 +106,19 @@ def compile(
             inputs = example_inputs if verify else None
             step = step_pipeline(passes, disable).run(forward, require=require, verify=inputs)
             programs = {"step": step, "prefill": prefill_pipeline().run(step)}
-    else:
-        report.notices.append("programs from the cache: captured, derived and checked by an earlier process")
     step = programs["step"]
     run_step = runner(step, backend, capacity, report)
+    if forward is None:
+        with report.stage("check"):
+            agrees = confirm(model, step, run_step, capacity)
+        if not agrees:  # something that the key does not see has changed: derive again, and say so
+            log.warning("the cached programs of %s do not compute what it does now; derived anew", type(model).__name__)
+            options: dict[str, Any] = {
+                "max_length": length, "max_batch": max_batch, "chunk": chunk, "backend": backend, "disable": disable,
+                "require": require, "check": check, "tokenizer": tokenizer, "eos": eos,
+            }  # fmt: skip
+            return compile(model, cache=False, **options)
+        report.notices.append("programs from the cache: captured, derived and checked by an earlier process")
     run_prefill = runner(programs["prefill"], backend, capacity, report)
     if forward is not None and check != "off":
         with report.stage("check"):
@@ -131,6 +142,43 @@ def compile(
         device=device,
         tokenizer=tokenizer,
     )
+
+
+def check_types(
+    max_length: object, max_batch: object, chunk: object, passes: Any, disable: object, require: object
+) -> None:
+    """Raise InputError for options of a wrong type, with what they should be."""
+    for name, value, least in (("max_length", max_length, 2), ("max_batch", max_batch, 1), ("chunk", chunk, 1)):
+        if value is None and name != "chunk":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} is {value!r}", remedy=f"Use an integer of at least {least}.")
+    if isinstance(disable, str):
+        raise InputError(f"disable is the string {disable!r}", remedy=f"Pass a list of names: disable=[{disable!r}].")
+    if not isinstance(require, Exactness):
+        raise InputError(f"require is {require!r}", remedy="Use accelc.Exactness.EXACT, DISTRIBUTION or LOSSY.")
+    wrong = [p for p in passes if not isinstance(p, Pass)]
+    if wrong:
+        raise InputError(f"passes holds {wrong[0]!r}", remedy="Pass instances, for example passes=[MyPass()].")
+
+
+def confirm(model: nn.Module, step: Program, run: Callable[..., Any], capacity: int) -> bool:
+    """Whether a cached step computes the logits of the model as it is now, for five tokens in two chunks."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = int(step.facts["capture"]["vocab_size"])  # type: ignore[index]
+    tokens = torch.randint(0, vocabulary, (1, 5), generator=generator)
+    device = next((t.device for t in step.tensors().values()), torch.device("cpu"))
+    expected = forward_logits(model, tokens.to(device)).double()
+    states = [spec.allocate(1, capacity, device) for spec in step.states]
+    got = []
+    for begin, end in ((0, 4), (4, 5)):
+        positions, lengths = torch.arange(begin, end)[None], torch.tensor([begin])
+        chunk = tokens[:, begin:end].contiguous()
+        got.append(run(chunk.to(device), positions.to(device), lengths.to(device), *states)[0].double())
+    difference = (torch.cat(got, dim=1) - expected).abs().max()
+    spread = (expected - expected.mean(-1, keepdim=True)).abs().max()
+    dtype = next((s.dtype for s in step.states if s.dtype.is_floating_point), torch.float32)
+    return bool(difference <= (MOST if dtype in (torch.bfloat16, torch.float16) else TOLERANCES[dtype]) * spread)
 
 
 def runner(program: Program, backend: Backend, capacity: int, report: CompileReport) -> Callable[..., Any]:
@@ -173,7 +221,13 @@ def load_tokenizer(source: str | Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a broken JSON file is a ValueError
+        raise InputError(
+            f"no tokenizer could be loaded from {source}: {type(error).__name__}: {str(error).strip()[:200]}",
+            remedy="Save it anew with tokenizer.save_pretrained(directory).",
+        ) from error
 
 
 __all__ = ["compile"]

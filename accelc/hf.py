@@ -7,6 +7,7 @@ the same: tokens, padding, scores, and with do_sample the same draws from torch'
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import accelc
+from accelc.fingerprint import fingerprint as model_fingerprint
 from accelc.ir.errors import DTypeError, EmptyPromptError, GenerationModeError, NonFiniteLogitsError
 from accelc.runtime import Decoder, Session
 from accelc.runtime.stream import TokenStreamer, call_streamer
@@ -38,7 +40,8 @@ def decode(
     that calls of similar length share one compilation. streamer: transformers streamer, given here because transformers
     does not pass one on. options: for `accelc.compile`.
 
-    The compiled decoder is kept with the model and made anew when a parameter has changed.
+    The compiled decoder is kept with the model and made anew when a parameter, a buffer, an attribute of a submodule or
+    its code has changed (what `accelc.fingerprint` sees).
     """
     return CustomGenerate(max_length, streamer, options)
 
@@ -199,8 +202,10 @@ class DecoderCache(list[Entry]):
 
 def compiled(model: PreTrainedModel, max_length: int, options: dict[str, Any], *, exact: bool = False) -> Decoder:
     """The model's decoder for at least ``max_length`` tokens, compiled unless one is kept; one is kept per options."""
-    cache: DecoderCache = model.__dict__.setdefault("_accelc_decoders", DecoderCache())
-    weights = tuple(fingerprint(parameter) for parameter in model.parameters())
+    cache: DecoderCache = model.__dict__.pop("_accelc_decoders", DecoderCache())  # not part of what is fingerprinted
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    weights = (model_fingerprint(model), *(fingerprint(tensor) for tensor in tensors))
+    model.__dict__["_accelc_decoders"] = cache
     cache[:] = [entry for entry in cache if entry.weights == weights]
     for entry in cache:
         if entry.options == options and entry.decoder.max_length >= max_length:

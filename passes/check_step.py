@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.fx as fx
 from torch import Tensor
 
 from accelc.ir import Program
-from accelc.ir.errors import CheckError, NotCausalError
+from accelc.ir.errors import CheckError
+from accelc.passes.probe_forward import draw_tokens, probe_causality, probe_lengths, rounding_noise
 
 Step = Callable[..., tuple[Tensor, ...]]
 
@@ -47,7 +47,8 @@ def check_step(
 
     `run` is what to run in place of the step's own graph: its compiled form, for states of `capacity` slots. Token by
     token, in uneven chunks, two rows at different lengths, after a rollback of one row, and, for steps with a
-    ``tree`` input, as trees; with a direct probe that the forward is causal and a control that must fail. Returns the
+    ``tree`` input, as trees; after probes that the forward is causal and the
+    same at every length. Returns the
     error of each way. Raises `NotCausalError` or `CheckError`, which names the first way that differs.
     """
     facts: dict[str, object] = forward.facts["capture"]  # type: ignore[assignment]
@@ -60,8 +61,8 @@ def check_step(
         return [s.allocate(2, capacity, device) for s in step.states]
 
     generator = torch.Generator().manual_seed(seed)
-    device = next(iter(step.tensors().values())).device
-    tokens = torch.randint(0, vocabulary, (2, length), generator=generator).to(device)
+    device = next((t.device for t in step.tensors().values()), torch.device("cpu"))
+    tokens = draw_tokens(forward, 2, length, generator)
     expected = forward.run(tokens)[0].double()
     dtype = next((s.dtype for s in step.states if s.dtype.is_floating_point), torch.float32)
     bound = tolerance if tolerance is not None else TOLERANCES[dtype]
@@ -70,6 +71,7 @@ def check_step(
         noise = rounding_noise(forward, tokens, expected, generator) / spread
         bound = min(max(bound, NOISE_FACTOR * noise), MOST)
     probe_causality(forward, tokens, expected, bound * spread)
+    probe_lengths(forward, bound * spread, generator, suspected=bool(step.facts.get("length_dependent")))
     modes = []
     ways = {"token by token": [1] * length, "uneven chunks": _uneven(length)}
     runs: list[tuple[str, Iterator[tuple[Tensor, Tensor]]]] = [
@@ -90,44 +92,6 @@ def check_step(
             )
         modes.append(Mode(name, error))
     return tuple(modes)
-
-
-def rounding_noise(forward: Program, tokens: Tensor, expected: Tensor, generator: torch.Generator) -> float:
-    """How far the logits move when every half-precision result is off by up to a unit in the last place.
-
-    That is what another order of summation does, so it is what the step, computing the same in another order, may
-    differ.
-    """
-
-    class Perturbed(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            result = super().run_node(n)
-            if n.op != "call_function" or not isinstance(result, Tensor):
-                return result
-            if result.dtype not in (torch.bfloat16, torch.float16):
-                return result
-            noise = torch.rand(result.shape, generator=generator).to(result.device) * 2 - 1
-            return (result.float() * (1 + noise * torch.finfo(result.dtype).eps)).to(result.dtype)
-
-    with torch.no_grad():
-        return float((Perturbed(forward.module).run(tokens)[0].double() - expected).abs().max())
-
-
-def probe_causality(forward: Program, tokens: Tensor, expected: Tensor, bound: float) -> None:
-    """Changing later tokens must leave earlier logits as they were. Raises `NotCausalError` naming the position."""
-    length = tokens.shape[1]
-    changed = tokens.clone()
-    cut = length // 2
-    vocabulary = int(forward.facts["capture"]["vocab_size"])  # type: ignore[index]
-    changed[:, cut:] = (changed[:, cut:] + 1) % vocabulary
-    difference = (forward.run(changed)[0].double() - expected)[:, :cut].abs().amax(dim=(0, 2))
-    leaks = torch.nonzero(~(difference <= bound)).flatten()
-    if len(leaks):
-        raise NotCausalError(
-            f"the logits at position {int(leaks[0])} change by {float(difference[leaks[0]]):.2e} when tokens from "
-            f"position {cut} on change",
-            where=f"{forward.facts['capture']['model']}",  # type: ignore[index]
-        )
 
 
 def _call(step: Program, run: Step, tokens: Tensor, positions: Tensor, lengths: Tensor, states: list[Tensor]) -> Tensor:

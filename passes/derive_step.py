@@ -53,7 +53,7 @@ class DeriveStep(Pass):
         derivation = Derivation(analysis, tables)
         cached = derivation.cut(list(roots.values()), Rates(self.bytes_per_second, self.flops_per_second))
         step = derivation.emit(roots, cached, self.tree)
-        step = replace(step, facts={**program.facts, "cut": cached})
+        step = replace(step, facts={**program.facts, **derivation.facts(), "cut": cached})
         total = sum(spec.bytes_per_token() for spec in step.states)
         return PassResult(step, len(step.states) or 1, (f"{total} bytes a cached token", *tables.notes))
 
@@ -139,6 +139,15 @@ class Derivation:
         module = graph_module(build.root, build.graph)
         inputs = tuple(n for n, node in build.inputs.items() if node is not None)
         return Program("step", module, inputs, tuple(roots), tuple(specs))
+
+    def facts(self) -> dict[str, object]:
+        """For later passes and the check: attention without a causal flag, tables that vary with the length."""
+        undeclared = [
+            n.name
+            for n in self.analysis.graph.nodes
+            if n.target is accelc.full_attention.default and not n.args[5] and n.args[3] is not None
+        ]
+        return {"mask_decides": undeclared, "length_dependent": list(self.tables.notes)}
 
     def _in_order(self, roots: list[Want], state_of: dict[Want, StateSpec]) -> list[Want]:
         """What is needed, given what is cached: inputs first, in the order of the forward graph."""

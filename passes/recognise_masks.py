@@ -12,7 +12,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from accelc.ir import Exactness, Program
-from accelc.ir.errors import PassError
+from accelc.ir.errors import NotCausalError, PassError, describe
 from accelc.ir.program import fetch, store
 from accelc.passes.base import Pass, PassResult
 from accelc.passes.registry import register_pass
@@ -55,7 +55,7 @@ class RecogniseMasks(Pass):
     exactness = Exactness.EXACT
     expected_matches = (0, None)
 
-    rows: int = 48
+    rows: int = 128
     """Query positions at which a bias is evaluated, spread over the sequence."""
 
     def run(self, program: Program) -> PassResult:
@@ -70,6 +70,8 @@ class RecogniseMasks(Pass):
             bias = node.args[ARGUMENTS["bias"]]
             if bias not in known:
                 value = evaluate(program, bias, positions, longest)
+                if value is not None and node.meta.get("forward") in program.facts.get("mask_decides", ()):  # type: ignore[operator]
+                    refuse_later_keys(value, positions, longest, node)
                 known[bias] = recognise(value, positions, longest) if value is not None else None
                 notes.append(
                     f"{bias.meta.get('forward', bias.name)}: {known[bias] or 'no known family, stays a tensor'}"
@@ -87,6 +89,16 @@ class RecogniseMasks(Pass):
         program.graph.eliminate_dead_code()
         program.module.recompile()
         return PassResult(program, matches, tuple(notes))
+
+
+def refuse_later_keys(bias: Tensor, positions: Tensor, longest: int, node: fx.Node) -> None:
+    """Raise NotCausalError when a mask that alone decides what is seen shows a query a later key."""
+    allowed = (bias if bias.dtype == torch.bool else bias > HIDDEN).cpu()
+    later = torch.arange(longest)[None, :] > positions[:, None]
+    leaks = torch.nonzero((allowed & later).reshape(-1, len(positions), longest).any(0))
+    if len(leaks):
+        query, key = int(positions[leaks[0, 0]]), int(leaks[0, 1])
+        raise NotCausalError(f"the mask lets position {query} see position {key}", where=describe(node))
 
 
 def probe_positions(longest: int, rows: int) -> Tensor:

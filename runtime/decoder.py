@@ -166,7 +166,7 @@ class Decoder:
         tokenizer: Tokenizer | Decode | None,
     ) -> Generation:
         """Check everything a caller gave, then take states."""
-        strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
         eos = frozenset() if ignore_eos else self.eos
         stops = Stops(max_new_tokens, eos, token_set(stop_tokens), strings)
         decode = decode_function(tokenizer if tokenizer is not None else self.tokenizer)

@@ -40,7 +40,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, Real, lambda t: 0 <= t < math.inf, "a number >= 0 (0 is greedy)")
+        _require("temperature", self.temperature, Real, _is_temperature, "0 (greedy) or a number >= 1e-6")
         _require("top_k", self.top_k, Integral, lambda k: k >= 0, "an integer >= 0 (0 keeps all tokens)")
         _require("top_p", self.top_p, Real, lambda p: 0 < p <= 1, "in (0, 1]")
         _require("min_p", self.min_p, Real, lambda p: 0 <= p < 1, "in [0, 1)")
@@ -57,6 +57,10 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the row takes the likeliest token and draws nothing."""
         return self.temperature == 0
+
+
+def _is_temperature(value: float) -> bool:
+    return value == 0 or 1e-6 <= value < math.inf  # smaller ones overflow the scores
 
 
 def _require(name: str, value: object, kind: type, accept, wanted: str) -> None:

@@ -65,10 +65,6 @@ def test_weights_are_shared_with_the_model() -> None:
 )
 def test_forwards_may_return_logits_in_several_ways(wrap: object) -> None:
     model = Returns(wrap)
-    if isinstance(wrap(torch.zeros(1)), dict):  # type: ignore[operator]
-        with pytest.raises(NoLogitsError, match="dict"):
-            accelc.compile(model, max_length=16, cache=False)
-        return
     decoder = accelc.compile(model, max_length=16, cache=False)
     table = model.table.weight.argmax(-1)
     assert decoder.generate([3], max_new_tokens=2).tokens[0].tolist() == [int(table[3]), int(table[table[3]])]
@@ -104,6 +100,10 @@ def test_bad_options_are_named() -> None:
         accelc.compile(model, max_length=16, check="maybe")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_length"):
         accelc.compile(model, max_length=1)
+    wrong = {"max_length": "16", "max_batch": 0, "disable": "normalise", "require": "exact", "passes": ["x"]}
+    for option in ({name: value} for name, value in wrong.items()):
+        with pytest.raises(InputError, match=next(iter(option))):
+            accelc.compile(model, **{"max_length": 16, **option})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"torch\.nn\.Module"):
         accelc.compile(lambda ids: ids, max_length=16)  # type: ignore[arg-type]
 
@@ -195,3 +195,43 @@ def test_verify_names_the_pass_that_breaks_the_program() -> None:
 
     with pytest.raises(VerifyError, match=r"test\.halves"):
         accelc.compile(FAMILIES["llama"].build(), max_length=32, passes=[Halves()], verify=True, backend="eager")
+
+
+def test_a_cached_program_is_confirmed_before_it_is_used(fresh_cache: Path) -> None:
+    """What the key cannot see, here a class attribute of another class, shows in the logits."""
+
+    class Scaled(Returns):
+        def forward(self, ids: Tensor) -> object:
+            return self.table(ids) * SETTINGS["sign"]
+
+    model = Scaled(lambda x: x)
+    first = accelc.compile(model, max_length=16).generate([3], max_new_tokens=4).tokens[0].tolist()
+    SETTINGS["sign"] = -1.0
+    try:
+        second = accelc.compile(model, max_length=16).generate([3], max_new_tokens=4).tokens[0].tolist()
+    finally:
+        SETTINGS["sign"] = 1.0
+    token, expected = 3, []
+    for _ in range(4):
+        token = int((-model.table.weight[token]).argmax())
+        expected.append(token)
+    assert second == expected
+    assert first != second
+
+
+SETTINGS = {"sign": 1.0}
+
+
+def test_a_module_without_parameters_and_one_that_wants_more_arguments() -> None:
+    class Counts(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.one_hot(ids, 7).float().cumsum(1)
+
+    class Needs(nn.Module):
+        def forward(self, ids: Tensor, other: Tensor) -> Tensor:
+            return ids[..., None] * other
+
+    decoder = accelc.compile(Counts(), max_length=16, cache=False)
+    assert decoder.generate([2, 2, 5], max_new_tokens=2).tokens[0].tolist() == [2, 2]
+    with pytest.raises(CaptureError, match="other"):
+        accelc.compile(Needs(), max_length=16)

@@ -337,3 +337,19 @@ def test_the_derived_step():
         **inputs, max_new_tokens=12, do_sample=False, custom_generate=hf.decode(backend="eager", check="off")
     )
     assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("change", ["buffer", "attribute", "hook"])
+def test_a_model_that_changed_is_compiled_again(llama, change):
+    """Not only parameters make a model."""
+    run = {"max_new_tokens": 6, "do_sample": False}
+    before = llama.generate(prompt(length=9), **run, custom_generate=hf.decode())
+    if change == "buffer":
+        llama.model.rotary_emb.inv_freq.mul_(0.3)
+    if change == "attribute":
+        llama.model.layers[0].self_attn.scaling *= 6
+    if change == "hook":
+        llama.model.norm.register_forward_hook(lambda module, inputs, output: -output)
+    expected = llama.generate(prompt(length=9), **run)
+    assert torch.equal(llama.generate(prompt(length=9), **run, custom_generate=hf.decode()), expected)
+    assert not torch.equal(before, expected)

@@ -142,6 +142,10 @@ def emit(build: Builder, analysis: Analysis, want: Want, call: Call, values: dic
             if not call.broadcast:
                 raise analysis.refuse(want.node, "takes an index value of another rank together with the batch")
             node = _align(build, analysis, argument, value, len(want.roles), batch)
+            merged = analysis.sizes(want.node)[batch].batch  # rows of batch and heads: one copy a head
+            if merged > 1:
+                place = max(0, batch - (len(want.roles) - len(analysis.sizes(_node_of(argument)))))
+                node = build.call(aten.repeat_interleave.self_int, node, merged, place)
         elif value.lifted and call.broadcast:
             rank = len(analysis.sizes(_node_of(argument)))
             missing = len(want.roles) - rank

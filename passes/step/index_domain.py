@@ -52,13 +52,17 @@ class Tables:
     def table(self, node: fx.Node) -> Tensor:
         """The value for one row of the longest sequence; noted when a shorter one is not its prefix."""
         value = self.at(node, 1, self.max_length)
-        half = max(2, self.max_length // 2)
         dim = next(d for d, s in enumerate(self.analysis.sizes(node)) if s.time)
-        if half < self.max_length:
-            shorter = self.at(node, 1, half)
-            if not torch.equal(value.narrow(dim, 0, half), shorter):
+        for length in self.lengths():
+            if not torch.equal(value.narrow(dim, 0, length), self.at(node, 1, length)):
                 self.notes.append(f"{node.name} depends on the total length; taken at {self.max_length}")
+                break
         return value
+
+    def lengths(self) -> list[int]:
+        """Shorter lengths at which values are compared with those of the longest sequence."""
+        spread = {max(2, self.max_length * i // 8) for i in range(1, 8)}
+        return sorted(length for length in spread if length < self.max_length)
 
     def _missing(self, node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
         wanted, stack = set(), [node]
@@ -147,9 +151,11 @@ def _without_time(analysis: Analysis, tables: Tables, node: fx.Node, roles: Role
         if node.target.overloadpacket is aten.arange:
             return _arange(analysis, node, roles)
         return call_for(analysis, node, roles)
-    short, long = tables.at(node, 1, max(2, tables.max_length // 2)), tables.at(node, 1, tables.max_length)
-    if not (short.shape == long.shape and torch.equal(short, long)):
-        raise analysis.refuse(node, "varies with the sequence length")
+    long = tables.at(node, 1, tables.max_length)
+    for length in tables.lengths():
+        short = tables.at(node, 1, length)
+        if not (short.shape == long.shape and torch.equal(short, long)):
+            raise analysis.refuse(node, "varies with the sequence length")
     return Call("constant", (long,))
 
 

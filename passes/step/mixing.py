@@ -134,6 +134,14 @@ def _running_sum(analysis: Analysis, node: fx.Node, source: fx.Node, dim: int, r
     return Call(node.target, (Want(source, inputs),), emit=emit)
 
 
+@rule(aten.tril)
+def _lower_triangle(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    """The lower triangle of scores or weights is what a query may see; the rest becomes 0."""
+    if roles[-2:] != (Q, K) or (len(node.args) > 1 and node.args[1] != 0):
+        raise analysis.refuse(node, "takes a triangle that is not between queries and keys, or off the diagonal")
+    return Call(aten.clone.default, (Masked(Want(node.args[0], roles), 0.0),), broadcast=True, zero_hidden=True)
+
+
 @rule(aten.layer_norm, aten.rms_norm, aten.native_layer_norm, accelc.rms_norm)
 def _norm(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     normalised = node.args[1] if isinstance(node.args[1], list | tuple) else [0]

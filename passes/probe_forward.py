@@ -1,0 +1,103 @@
+"""Probes of the forward itself: is it causal, at every length, and how much does rounding move its logits?"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from accelc.ir import Program
+from accelc.ir.errors import NotCausalError
+from accelc.ir.program import fetch
+
+aten = torch.ops.aten
+
+COMPARISONS = {aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.isin}
+SHARE = 0.35
+"""Share of drawn tokens that are ids which the forward compares its tokens with."""
+LENGTH, SUSPECTED_LENGTH = 64, 1024
+"""Longest sequence probed, ordinarily and when an index table was seen to depend on the total length."""
+
+
+def draw_tokens(forward: Program, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """Random tokens [B, T] in which ids that the forward treats apart (padding, image tokens ...) are frequent."""
+    vocabulary = int(forward.facts["capture"]["vocab_size"])  # type: ignore[index]
+    tokens = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    special = torch.tensor(sorted(i for i in compared_ids(forward) if 0 <= i < vocabulary), dtype=torch.int64)
+    if len(special):
+        chosen = special[torch.randint(0, len(special), (batch, length), generator=generator)]
+        tokens = torch.where(torch.rand(batch, length, generator=generator) < SHARE, chosen, tokens)
+    return tokens.to(next((t.device for t in forward.tensors().values()), torch.device("cpu")))
+
+
+def compared_ids(forward: Program) -> set[int]:
+    """Integers that integer values of the graph are compared with."""
+    found: set[int] = set()
+    for node in forward.graph.nodes:
+        if getattr(node.target, "overloadpacket", None) not in COMPARISONS:
+            continue
+        value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            continue
+        for other in node.args[1:]:
+            if isinstance(other, int) and not isinstance(other, bool):
+                found.add(other)
+            elif isinstance(other, fx.Node) and other.op == "get_attr":
+                tensor = fetch(forward.module, str(other.target))
+                if not tensor.is_floating_point() and tensor.numel() <= 64:
+                    found.update(int(i) for i in tensor.flatten())
+    return found
+
+
+def rounding_noise(forward: Program, tokens: Tensor, expected: Tensor, generator: torch.Generator) -> float:
+    """How far the logits move when every half-precision result is off by up to a unit in the last place.
+
+    That is what another order of summation does, so it is what the step, computing the same in another order, may
+    differ.
+    """
+
+    class Perturbed(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            result = super().run_node(n)
+            if n.op != "call_function" or not isinstance(result, Tensor):
+                return result
+            if result.dtype not in (torch.bfloat16, torch.float16):
+                return result
+            noise = torch.rand(result.shape, generator=generator).to(result.device) * 2 - 1
+            return (result.float() * (1 + noise * torch.finfo(result.dtype).eps)).to(result.dtype)
+
+    with torch.no_grad():
+        return float((Perturbed(forward.module).run(tokens)[0].double() - expected).abs().max())
+
+
+def probe_causality(forward: Program, tokens: Tensor, expected: Tensor, bound: float) -> None:
+    """Changing later tokens must leave earlier logits as they were. Raises `NotCausalError` naming the position."""
+    changed = tokens.clone()
+    cut = tokens.shape[1] // 2
+    vocabulary = int(forward.facts["capture"]["vocab_size"])  # type: ignore[index]
+    changed[:, cut:] = (changed[:, cut:] + 1) % vocabulary
+    _compare(forward, forward.run(changed)[0], expected, cut, bound, f"tokens from position {cut} on change")
+
+
+def probe_lengths(forward: Program, bound: float, generator: torch.Generator, *, suspected: bool) -> None:
+    """The logits of a prefix must not depend on how long the sequence is. Raises `NotCausalError`.
+
+    Runs one sequence of up to 64 tokens (1024 when a table was seen to depend on the length) and several prefixes.
+    """
+    longest = min(int(forward.facts["capture"]["max_length"]), SUSPECTED_LENGTH if suspected else LENGTH)  # type: ignore[index]
+    tokens = draw_tokens(forward, 1, longest, generator)
+    expected = forward.run(tokens)[0].double()
+    pieces = 16 if suspected else 4
+    for n in sorted({2, 3, 7, longest - 1, *(longest * i // pieces for i in range(1, pieces))}):
+        if 2 <= n < longest:
+            _compare(forward, forward.run(tokens[:, :n])[0], expected, n, bound, f"the sequence ends after {n} tokens")
+
+
+def _compare(forward: Program, got: Tensor, expected: Tensor, cut: int, bound: float, when: str) -> None:
+    difference = (got[:, :cut].double() - expected[:, :cut]).abs().amax(dim=(0, 2))
+    leaks = torch.nonzero(~(difference <= bound)).flatten()
+    if len(leaks):
+        raise NotCausalError(
+            f"the logits at position {int(leaks[0])} change by {float(difference[leaks[0]]):.2e} when {when}",
+            where=f"{forward.facts['capture']['model']}",  # type: ignore[index]
+        )
