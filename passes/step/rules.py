@@ -227,7 +227,7 @@ def _expand_as(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return _expand(analysis, node, roles)
 
 
-@rule(aten.transpose, aten.swapaxes, aten.t, aten.numpy_T, aten.mT)
+@rule(aten.transpose, aten.swapaxes, aten.swapdims, aten.t, aten.numpy_T, aten.mT)
 def _transpose(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     rank = len(roles)
     a, b = (node.args[1], node.args[2]) if len(node.args) == 3 else (-2, -1)
@@ -300,7 +300,7 @@ def _select(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return Call(aten.select.int, (Want(source, tuple(inputs)), dim, scalars(analysis, node, index)))
 
 
-@rule(aten.cat, aten.stack)
+@rule(aten.cat, aten.concat, aten.concatenate, aten.stack)
 def _cat(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     parts = node.args[0]
     dim = negative(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0), len(roles))
@@ -326,7 +326,9 @@ def _scatter_part(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return rebuilt(analysis, node, tensors, broadcast=True)
 
 
-@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.tensor_split)
+@rule(
+    aten.split, aten.unsafe_split, aten.unsafe_chunk, aten.split_with_sizes, aten.chunk, aten.unbind, aten.tensor_split
+)
 def _split(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     source = node.args[0]
     rank = len(analysis.sizes(source))
