@@ -18,6 +18,9 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 5e-4, torch.bfloat16: 6e-2, to
 """Largest difference of logits, as a share of their spread, by the dtype the model computes in. In half precision some
 models amplify rounding beyond it (a router that picks another expert); `rounding_noise` then raises the bound."""
 
+QUICK = 10
+"""Checks of at most so many tokens probe the forward at fewer lengths."""
+
 NOISE_FACTOR, MOST = 4.0, 0.4
 """How many times its own rounding noise a half-precision model may differ, and the most that is ever allowed."""
 
@@ -71,7 +74,9 @@ def check_step(
         noise = rounding_noise(forward, tokens, expected, generator) / spread
         bound = min(max(bound, NOISE_FACTOR * noise), MOST)
     probe_causality(forward, tokens, expected, bound * spread)
-    probe_lengths(forward, bound * spread, generator, suspected=bool(step.facts.get("length_dependent")))
+    probe_lengths(
+        forward, bound * spread, generator, suspected=bool(step.facts.get("length_dependent")), thorough=length > QUICK
+    )
     modes = []
     ways = {"token by token": [1] * length, "uneven chunks": _uneven(length)}
     runs: list[tuple[str, Iterator[tuple[Tensor, Tensor]]]] = [

@@ -79,16 +79,23 @@ def probe_causality(forward: Program, tokens: Tensor, expected: Tensor, bound: f
     _compare(forward, forward.run(changed)[0], expected, cut, bound, f"tokens from position {cut} on change")
 
 
-def probe_lengths(forward: Program, bound: float, generator: torch.Generator, *, suspected: bool) -> None:
+def probe_lengths(
+    forward: Program, bound: float, generator: torch.Generator, *, suspected: bool, thorough: bool
+) -> None:
     """The logits of a prefix must not depend on how long the sequence is. Raises `NotCausalError`.
 
-    Runs one sequence of up to 64 tokens (1024 when a table was seen to depend on the length) and several prefixes.
+    Runs one sequence of up to 64 tokens (1024 when a table was seen to depend on the length) and several prefixes;
+    half as many of each unless `thorough`.
     """
-    longest = min(int(forward.facts["capture"]["max_length"]), SUSPECTED_LENGTH if suspected else LENGTH)  # type: ignore[index]
+    longest = min(
+        int(forward.facts["capture"]["max_length"]),
+        SUSPECTED_LENGTH if suspected else LENGTH if thorough else LENGTH // 2,
+    )  # type: ignore[index]
     tokens = draw_tokens(forward, 1, longest, generator)
     expected = forward.run(tokens)[0].double()
-    pieces = 16 if suspected else 4
-    for n in sorted({2, 3, 7, longest - 1, *(longest * i // pieces for i in range(1, pieces))}):
+    pieces = 16 if suspected else 4 if thorough else 2
+    few = {2, 3, 7} if thorough or suspected else {2}
+    for n in sorted({*few, longest - 1, *(longest * i // pieces for i in range(1, pieces))}):
         if 2 <= n < longest:
             _compare(forward, forward.run(tokens[:, :n])[0], expected, n, bound, f"the sequence ends after {n} tokens")
 
