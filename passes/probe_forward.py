@@ -87,10 +87,9 @@ def probe_lengths(
     Runs one sequence of up to 64 tokens (1024 when a table was seen to depend on the length) and several prefixes;
     half as many of each unless `thorough`.
     """
-    longest = min(
-        int(forward.facts["capture"]["max_length"]),
-        SUSPECTED_LENGTH if suspected else LENGTH if thorough else LENGTH // 2,
-    )  # type: ignore[index]
+    facts: dict[str, object] = forward.facts["capture"]  # type: ignore[assignment]
+    most = SUSPECTED_LENGTH if suspected else LENGTH if thorough else LENGTH // 2
+    longest = min(int(facts["max_length"]), most)  # type: ignore[call-overload]
     tokens = draw_tokens(forward, 1, longest, generator)
     expected = forward.run(tokens)[0].double()
     pieces = 16 if suspected else 4 if thorough else 2
