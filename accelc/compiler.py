@@ -167,7 +167,7 @@ def confirm(model: nn.Module, step: Program, run: Callable[..., Any], capacity: 
     generator = torch.Generator().manual_seed(1)
     vocabulary = int(step.facts["capture"]["vocab_size"])  # type: ignore[index]
     tokens = torch.randint(0, vocabulary, (1, 5), generator=generator)
-    device = next((t.device for t in step.tensors().values()), torch.device("cpu"))
+    device = step.device
     expected = forward_logits(model, tokens.to(device)).double()
     states = [spec.allocate(1, capacity, device) for spec in step.states]
     got = []

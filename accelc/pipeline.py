@@ -59,7 +59,7 @@ def example_inputs(program: Program) -> list[Tensor]:
         "lengths": known,
         "last": torch.tensor([new - 1, 0]),
     }
-    device = next(iter(program.tensors().values())).device
+    device = program.device
     states = [
         torch.randn(spec.sizes(2, length + 7), generator=generator).to(spec.dtype)
         if spec.dtype.is_floating_point

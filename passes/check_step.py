@@ -64,7 +64,7 @@ def check_step(
         return [s.allocate(2, capacity, device) for s in step.states]
 
     generator = torch.Generator().manual_seed(seed)
-    device = next((t.device for t in step.tensors().values()), torch.device("cpu"))
+    device = step.device
     tokens = draw_tokens(forward, 2, length, generator)
     expected = forward.run(tokens)[0].double()
     dtype = next((s.dtype for s in step.states if s.dtype.is_floating_point), torch.float32)

@@ -27,7 +27,7 @@ def draw_tokens(forward: Program, batch: int, length: int, generator: torch.Gene
     if len(special):
         chosen = special[torch.randint(0, len(special), (batch, length), generator=generator)]
         tokens = torch.where(torch.rand(batch, length, generator=generator) < SHARE, chosen, tokens)
-    return tokens.to(next((t.device for t in forward.tensors().values()), torch.device("cpu")))
+    return tokens.to(forward.device)
 
 
 def compared_ids(forward: Program) -> set[int]:

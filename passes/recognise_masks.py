@@ -123,7 +123,7 @@ def evaluate(program: Program, bias: fx.Node, positions: Tensor, longest: int) -
             wanted.add(node)
             if node.target is not aten.sym_size.int:
                 stack.extend(node.all_input_nodes)
-    device = next(iter(program.tensors().values())).device
+    device = program.device
     slots = longest + len(positions)
     inputs = {"positions": positions[None].to(device), "lengths": torch.tensor([longest], device=device)}
     sizes = {"B": 1, "N": len(positions), "S": slots}
@@ -218,7 +218,7 @@ def _alibi(values: Tensor, seen: Tensor, query: Tensor, key: Tensor) -> Tensor |
 
 def _slopes(program: Program, node: fx.Node, bias: fx.Node, slopes: Tensor) -> fx.Node:
     path = f"accelc_tables.slopes_{bias.name}"
-    device = next(iter(program.tensors().values())).device
+    device = program.device
     store(program.module, path, slopes.to(device))
     with program.graph.inserting_before(node):
         return program.graph.get_attr(path)

@@ -69,6 +69,11 @@ class Program:
         """Every tensor the graph reads by name: parameters, buffers, tables."""
         return {n.target: fetch(self.module, n.target) for n in self.graph.nodes if n.op == "get_attr"}  # type: ignore[misc]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the program's tensors are; the CPU when it has none."""
+        return next((t.device for t in self.tensors().values()), torch.device("cpu"))
+
     def clone(self) -> Program:
         """A copy with its own graph that shares the tensors."""
         root = torch.nn.Module()

@@ -30,7 +30,7 @@ def propagate(program: Program) -> None:
     Raises InvariantError, with the nodes around it, where an operation does not accept its inputs.
     """
     specs = {s.name: s for s in program.states}
-    device = next((t.device for t in program.tensors().values()), torch.device("cpu"))
+    device = program.device
     described = []
     for node in program.placeholders():
         spec = specs.get(str(node.target))

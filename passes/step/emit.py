@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from accelc.ir.errors import DeriveError
-from accelc.ir.program import store
+from accelc.ir.program import fetch, store
 from accelc.passes.step.analysis import Analysis
 from accelc.passes.step.sizes import Size
 from accelc.passes.step.wants import Call, Dim, Input, K, Masked, Q, Want
@@ -123,7 +123,7 @@ def emit(build: Builder, analysis: Analysis, want: Want, call: Call, values: dic
     """Append the nodes that compute `want` and return its value."""
     if call.target == "get_attr":
         path = str(want.node.target)
-        return Value(build.attribute(path, analysis.program.tensors()[path]))
+        return Value(build.attribute(path, fetch(analysis.program.module, path)))
     if call.target == "constant":
         return Value(build.constant(f"constant_{want.node.name}", call.args[0]))
     if call.target == "same":
