@@ -1,0 +1,27 @@
+"""Checks of the arguments of `accelc.compile`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelc.ir import Exactness
+from accelc.ir.errors import InputError
+from accelc.passes import Pass
+
+
+def check_types(
+    max_length: object, max_batch: object, chunk: object, passes: Any, disable: object, require: object
+) -> None:
+    """Raise InputError for options of a wrong type, with what they should be."""
+    for name, value, least in (("max_length", max_length, 2), ("max_batch", max_batch, 1), ("chunk", chunk, 1)):
+        if value is None and name != "chunk":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} is {value!r}", remedy=f"Use an integer of at least {least}.")
+    if isinstance(disable, str):
+        raise InputError(f"disable is the string {disable!r}", remedy=f"Pass a list of names: disable=[{disable!r}].")
+    if not isinstance(require, Exactness):
+        raise InputError(f"require is {require!r}", remedy="Use accelc.Exactness.EXACT, DISTRIBUTION or LOSSY.")
+    wrong = [p for p in passes if not isinstance(p, Pass)]
+    if wrong:
+        raise InputError(f"passes holds {wrong[0]!r}", remedy="Pass instances, for example passes=[MyPass()].")
