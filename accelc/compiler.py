@@ -12,15 +12,16 @@ from torch import nn
 
 from accelc.arguments import check_types
 from accelc.capture import capture, forward_logits, load_model
-from accelc.codegen import CompiledStep, Options, compile_program
+from accelc.codegen import CompiledStep, Options, compile_program, prepare
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.fingerprint import fingerprint
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import InputError, UnknownOptionError
 from accelc.passes import Pass
-from accelc.passes.check_step import MOST, TOLERANCES, check_step
+from accelc.passes.check_step import check_step
+from accelc.passes.closeness import allowed, computing_dtype, spread
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
-from accelc.program_cache import load_programs, store_programs
+from accelc.program_cache import forget_programs, load_programs, store_programs
 from accelc.runtime import cache_capacity
 
 log = logging.getLogger(__name__)
@@ -86,20 +87,30 @@ def compile(
     chunk = min(chunk, length)
     capacity = cache_capacity(length, chunk)
     report = CompileReport()
+    if backend == "native":
+        prepare()  # the compiler, where it is needed, runs beside capture
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type != "cpu" and backend == "native":
         report.notices.append(f"the native backend is for CPUs; the step runs node by node on {device}")
         backend = "eager"
     # Passes of others may change without a trace in the key; a full check needs the forward anyway.
-    key = None
+    key, found = None, None
     if cache and not passes and check != "full" and not verify:
         with report.stage("cache"):
             pipelines = f"{step_pipeline(disabled=disable)}; {prefill_pipeline()}"
             key = fingerprint(model, max_length=length, pipelines=pipelines, require=str(require))
-            programs = load_programs(key, model) if key is not None else None
-    else:
-        programs = None
-    forward: Program | None = None
+            found = load_programs(key, model) if key is not None else None
+    if found is not None and key is not None:
+        run_step = runner(found["step"], backend, capacity, report)
+        with report.stage("check"):
+            agrees = confirm(model, found["step"], run_step, capacity)
+        if agrees:
+            report.notices.append("programs from the cache: captured, derived and checked by an earlier process")
+        else:  # something that the key does not see has changed
+            log.warning("the cached programs of %s do not compute what it does now; derived anew", type(model).__name__)
+            forget_programs(key)
+            found = None
+    programs = found
     if programs is None:
         with report.stage("capture"):
             forward = capture(model, max_length=length)
@@ -107,26 +118,15 @@ def compile(
             inputs = example_inputs if verify else None
             step = step_pipeline(passes, disable).run(forward, require=require, verify=inputs)
             programs = {"step": step, "prefill": prefill_pipeline().run(step)}
+        run_step = runner(step, backend, capacity, report)
+        if check != "off":
+            with report.stage("check"):
+                report.modes = check_step(forward, step, run_step, length=CHECK_LENGTH[check], capacity=capacity)
+            if key is not None:
+                with report.stage("cache"):
+                    store_programs(key, programs, model, forward)
     step = programs["step"]
-    run_step = runner(step, backend, capacity, report)
-    if forward is None:
-        with report.stage("check"):
-            agrees = confirm(model, step, run_step, capacity)
-        if not agrees:  # something that the key does not see has changed: derive again, and say so
-            log.warning("the cached programs of %s do not compute what it does now; derived anew", type(model).__name__)
-            options: dict[str, Any] = {
-                "max_length": length, "max_batch": max_batch, "chunk": chunk, "backend": backend, "disable": disable,
-                "require": require, "check": check, "tokenizer": tokenizer, "eos": eos,
-            }  # fmt: skip
-            return compile(model, cache=False, **options)
-        report.notices.append("programs from the cache: captured, derived and checked by an earlier process")
     run_prefill = runner(programs["prefill"], backend, capacity, report)
-    if forward is not None and check != "off":
-        with report.stage("check"):
-            report.modes = check_step(forward, step, run_step, length=CHECK_LENGTH[check], capacity=capacity)
-        if key is not None:
-            with report.stage("cache"):
-                store_programs(key, programs, model, forward)
     facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
     return CompiledDecoder(
         programs,
@@ -158,10 +158,8 @@ def confirm(model: nn.Module, step: Program, run: Callable[..., Any], capacity: 
         positions, lengths = torch.arange(begin, end)[None], torch.tensor([begin])
         chunk = tokens[:, begin:end].contiguous()
         got.append(run(chunk.to(device), positions.to(device), lengths.to(device), *states)[0].double())
-    difference = (torch.cat(got, dim=1) - expected).abs().max()
-    spread = (expected - expected.mean(-1, keepdim=True)).abs().max()
-    dtype = next((s.dtype for s in step.states if s.dtype.is_floating_point), torch.float32)
-    return bool(difference <= (MOST if dtype in (torch.bfloat16, torch.float16) else TOLERANCES[dtype]) * spread)
+    difference = float((torch.cat(got, dim=1) - expected).abs().max())
+    return difference <= allowed(computing_dtype(step)) * spread(expected)  # NaN is no agreement
 
 
 def runner(program: Program, backend: Backend, capacity: int, report: CompileReport) -> Callable[..., Any]:
@@ -171,8 +169,9 @@ def runner(program: Program, backend: Backend, capacity: int, report: CompileRep
     sizes = {"tokens": (1, 1), "positions": (1, 1), "lengths": (1,), "last": (1,)}
     examples = [torch.zeros(sizes[name], dtype=torch.int64) for name in program.inputs]
     examples += [torch.empty(spec.sizes(1, capacity), dtype=spec.dtype, device="meta") for spec in program.states]
+    options = Options(huge_pages="last" not in program.inputs)  # the prefill's weights are the step's
     with report.stage("codegen"):
-        compiled: CompiledStep = compile_program(program.module, examples, options=Options())
+        compiled: CompiledStep = compile_program(program.module, examples, options=options)
     report.compiled[program.name] = compiled.report
     return compiled
 

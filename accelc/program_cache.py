@@ -105,6 +105,11 @@ def store_programs(
     return True
 
 
+def forget_programs(key: str) -> None:
+    """Remove what is stored under `key`, because it proved wrong."""
+    _remove(_folder(key))
+
+
 def evict(limit: int, keep: Path | None = None) -> None:
     """Remove the entries that were not used for longest until all take at most `limit` bytes; `keep` stays."""
     entries, total = [], 0

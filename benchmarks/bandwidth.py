@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from accelc.codegen.native import library
-from accelc.codegen.pages import use_huge_pages
+from accelc.codegen.pages import PageExchange
 
 BYTES = 1 << 29
 """Size of the buffer read: far beyond any cache, about 10 ms."""
@@ -44,7 +44,7 @@ class Bandwidth:
 
     def __init__(self, size: int = BYTES, threads: int = 0) -> None:
         self._buffer = torch.ones(size // 4096 * 1024)
-        use_huge_pages([self._buffer])
+        PageExchange([self._buffer]).finish()
         self._threads = threads or torch.get_num_threads()
         self._library = library()[0]
 

@@ -7,10 +7,12 @@ the cache key holds the processor's instruction set. ctypes releases the interpr
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 from accelc.codegen.cache import cache_dir, cached, content_key
@@ -31,15 +33,35 @@ FLAGS = [
 ]
 # Not -ffast-math: it would fold the rounding trick of vexp away, and -inf is a value here.
 
+_building = threading.Lock()
+
 
 def source_text() -> str:
     """All of the kernels' source, in a fixed order: what the cache key is made from."""
     return "\n".join(f"// {p.name}\n{p.read_text()}" for p in sorted(SOURCE.iterdir()) if p.suffix in (".h", ".cpp"))
 
 
-@functools.cache
+def prepare() -> None:
+    """Load the kernels, and build them where the cache does not have them, beside the caller's work.
+
+    `library` waits for it, and raises what went wrong.
+    """
+
+    def load() -> None:
+        with contextlib.suppress(ToolchainError):  # `library` tries again and tells
+            library()
+
+    threading.Thread(target=load, name="accelc-kernels").start()
+
+
 def library(march: str = "native") -> tuple[ctypes.CDLL, bool]:
     """The loaded kernels, and whether they came from the cache. Raises `ToolchainError`."""
+    with _building:
+        return _library(march)
+
+
+@functools.cache
+def _library(march: str) -> tuple[ctypes.CDLL, bool]:
     flags = [*FLAGS, f"-march={march}"]
     path = cache_dir() / "kernels" / f"{content_key(source_text(), ' '.join(flags))}.so"
     return cached(path, lambda scratch: _build(scratch, flags), _load)

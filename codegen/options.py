@@ -15,7 +15,8 @@ class Options:
     * ``gemm_rows``: linears with more rows than this go to torch's (oneDNN's) matrix product. Measured on a Zen 4 core
       with 2048 x 8192 weights, GB/s ours / torch: bf16 14 / 12 at 4 rows, 7 / 7 at 16, 4.2 / 4.8 at 32.
     * ``instances``: how many shapes to keep memory plans for.
-    * ``huge_pages``: put huge pages under the weights, in a thread beside the first steps (`accelc.codegen.pages`).
+    * ``huge_pages``: put huge pages under the weights, little by little after the first steps
+      (`accelc.codegen.pages`). Of programs that share weights one is enough.
     * ``fuse``: regions without kernels go to Inductor from this many fusible operations on (`accelc.codegen.regions`).
     """
 
@@ -37,7 +38,7 @@ class Report:
       ``inductor`` are compiled by Inductor.
     * ``regions``: runs of such calls between kernels; ``cache_hits``, ``cache_misses``: of built files.
     * ``notices``: what a user should know.
-    * ``huge_page_bytes``: bytes of weights on huge pages; None until their thread is done.
+    * ``huge_page_bytes``: bytes of weights that have huge pages by now.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Report:
     cache_hits: int = 0
     cache_misses: int = 0
     notices: list[str] = field(default_factory=list)
-    huge_page_bytes: int | None = None
+    huge_page_bytes: int = 0
 
     @property
     def foreign(self) -> Counter[str]:

@@ -24,7 +24,7 @@ from accelc.codegen import native
 from accelc.codegen.errors import StepInputError
 from accelc.codegen.instance import Instance
 from accelc.codegen.options import Options, Report
-from accelc.codegen.pages import use_huge_pages_soon
+from accelc.codegen.pages import PageExchange
 from accelc.codegen.planner import make_array, plan
 from accelc.codegen.profile import Profile, summarize
 from accelc.codegen.regions import Regions
@@ -32,6 +32,11 @@ from accelc.codegen.schedule import Schedule, schedule
 from accelc.codegen.shapes import Dims, propagate
 from accelc.codegen.symbolic import SymbolicValues
 from accelc.ir.compat import storage_key
+
+PAGES_SHARE = 0.25
+"""Time for huge pages after each step, as a share of the step's own: some hundred steps later all are there."""
+PAGES_AT_ONCE = 64 << 20
+"""Weights of at most so many bytes get their huge pages when the step is made, in some 50 ms."""
 
 
 def step_dims(gm: fx.GraphModule) -> dict[str, Dims]:
@@ -69,6 +74,7 @@ class CompiledStep:
         self._lock = threading.Lock()
         self.report = Report()
         self._threads = options.threads or torch.get_num_threads()
+        self._pages: PageExchange | None = None  # as long as some are left
         symbolic = SymbolicValues(gm, self._examples, self._dims)
         self._regions = Regions(options, self.report, symbolic)
         started = time.perf_counter()
@@ -78,7 +84,8 @@ class CompiledStep:
             self.report.add_seconds("kernels", time.perf_counter() - started)
             self._instance(self._sizes(examples))
             if options.huge_pages:
-                use_huge_pages_soon(self._weights(), lambda size: setattr(self.report, "huge_page_bytes", size))
+                self._pages = PageExchange(self._weights())
+                self._exchange(0.0)
         else:
             self.report.notices.append("interpreted node by node, because mode='interpret' was asked for")
 
@@ -96,7 +103,12 @@ class CompiledStep:
                 instance = self._instance(sizes)
             else:
                 self._instances.move_to_end(sizes)
-            return instance.run(inputs)
+            if self._pages is None:
+                return instance.run(inputs)
+            started = time.perf_counter()
+            result = instance.run(inputs)
+            self._exchange(PAGES_SHARE * (time.perf_counter() - started))
+            return result
 
     def profile(self, *inputs: Tensor, repeats: int = 20) -> Profile:
         """Where the time of a step goes, by kinds of instruction: runs it `repeats` times on the same inputs, which
@@ -120,6 +132,17 @@ class CompiledStep:
         return tuple(result)
 
     # -- off the hot path --------------------------------------------------------------------------------------------
+
+    def _exchange(self, seconds: float) -> None:
+        """Go on putting huge pages under the weights; small ones get theirs at once."""
+        assert self._pages is not None
+        if self._pages.total <= PAGES_AT_ONCE:
+            self._pages.finish()
+        else:
+            self._pages.advance(seconds)
+        self.report.huge_page_bytes = self._pages.done
+        if not self._pages.pending:
+            self._pages = None
 
     def _weights(self) -> list[Tensor]:
         """Constants large enough for a huge page to matter, or neighbours of such."""

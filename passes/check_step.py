@@ -10,19 +10,13 @@ from torch import Tensor
 
 from accelc.ir import Program
 from accelc.ir.errors import CheckError
-from accelc.passes.probe_forward import draw_tokens, probe_causality, probe_lengths, rounding_noise
+from accelc.passes.closeness import allowed, computing_dtype, is_half, spread
+from accelc.passes.probe_forward import changed_tokens, draw_tokens, probe_causality, probe_lengths, rounding_noise
 
 Step = Callable[..., tuple[Tensor, ...]]
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 5e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-"""Largest difference of logits, as a share of their spread, by the dtype the model computes in. In half precision some
-models amplify rounding beyond it (a router that picks another expert); `rounding_noise` then raises the bound."""
-
 QUICK = 10
 """Checks of at most so many tokens probe the forward at fewer lengths."""
-
-NOISE_FACTOR, MOST = 4.0, 0.4
-"""How many times its own rounding noise a half-precision model may differ, and the most that is ever allowed."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +60,15 @@ def check_step(
     generator = torch.Generator().manual_seed(seed)
     device = step.device
     tokens = draw_tokens(forward, 2, length, generator)
-    expected = forward.run(tokens)[0].double()
-    dtype = next((s.dtype for s in step.states if s.dtype.is_floating_point), torch.float32)
-    bound = tolerance if tolerance is not None else TOLERANCES[dtype]
-    spread = float((expected - expected.mean(-1, keepdim=True)).abs().max()) or 1.0
-    if tolerance is None and dtype in (torch.bfloat16, torch.float16):
-        noise = rounding_noise(forward, tokens, expected, generator) / spread
-        bound = min(max(bound, NOISE_FACTOR * noise), MOST)
-    probe_causality(forward, tokens, expected, bound * spread)
+    # Later tokens are changed in a copy beside the original: two runs would read the weights twice.
+    expected, changed = forward.run(torch.cat([tokens, changed_tokens(forward, tokens)]))[0].double().chunk(2)
+    scale = spread(expected)
+    dtype = computing_dtype(step)
+    noise = rounding_noise(forward, tokens, expected, generator) / scale if is_half(dtype) and not tolerance else 0.0
+    bound = tolerance or allowed(dtype, noise)
+    probe_causality(forward, changed, expected, bound * scale)
     probe_lengths(
-        forward, bound * spread, generator, suspected=bool(step.facts.get("length_dependent")), thorough=length > QUICK
+        forward, bound * scale, generator, suspected=bool(step.facts.get("length_dependent")), thorough=length > QUICK
     )
     modes = []
     ways = {"token by token": [1] * length, "uneven chunks": _uneven(length)}
@@ -88,7 +81,7 @@ def check_step(
     if "tree" in step.inputs:
         runs.append(("tree", _run_tree(step, run, states(), forward, tokens, vocabulary, generator)))
     for name, pairs in runs:
-        error = max(float((got.double() - want).abs().max()) for got, want in pairs) / spread
+        error = max(float((got.double() - want).abs().max()) for got, want in pairs) / scale
         if not error <= bound:  # also catches NaN
             raise CheckError(
                 f"the derived step differs from the forward when run {name}: {error:.2e} of the logits' spread "

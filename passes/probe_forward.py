@@ -70,13 +70,20 @@ def rounding_noise(forward: Program, tokens: Tensor, expected: Tensor, generator
         return float((Perturbed(forward.module).run(tokens)[0].double() - expected).abs().max())
 
 
-def probe_causality(forward: Program, tokens: Tensor, expected: Tensor, bound: float) -> None:
-    """Changing later tokens must leave earlier logits as they were. Raises `NotCausalError` naming the position."""
-    changed = tokens.clone()
+def changed_tokens(forward: Program, tokens: Tensor) -> Tensor:
+    """Other tokens [B, T] in the second half."""
     cut = tokens.shape[1] // 2
     vocabulary = int(forward.facts["capture"]["vocab_size"])  # type: ignore[index]
-    changed[:, cut:] = (changed[:, cut:] + 1) % vocabulary
-    _compare(forward, forward.run(changed)[0], expected, cut, bound, f"tokens from position {cut} on change")
+    return torch.cat([tokens[:, :cut], (tokens[:, cut:] + 1) % vocabulary], dim=1)
+
+
+def probe_causality(forward: Program, changed: Tensor, expected: Tensor, bound: float) -> None:
+    """Changing later tokens must leave earlier logits as they were. Raises `NotCausalError` naming the position.
+
+    `changed`: the logits [B, T, V] for `changed_tokens`; `expected`: for the tokens as they were.
+    """
+    cut = expected.shape[1] // 2
+    _compare(forward, changed, expected, cut, bound, f"tokens from position {cut} on change")
 
 
 def probe_lengths(

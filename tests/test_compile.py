@@ -209,6 +209,7 @@ def test_a_cached_program_is_confirmed_before_it_is_used(fresh_cache: Path) -> N
     SETTINGS["sign"] = -1.0
     try:
         second = accelc.compile(model, max_length=16).generate([3], max_new_tokens=4).tokens[0].tolist()
+        third = accelc.compile(model, max_length=16)
     finally:
         SETTINGS["sign"] = 1.0
     token, expected = 3, []
@@ -217,6 +218,7 @@ def test_a_cached_program_is_confirmed_before_it_is_used(fresh_cache: Path) -> N
         expected.append(token)
     assert second == expected
     assert first != second
+    assert any("from the cache" in notice for notice in third.report.notices)  # the entry was replaced
 
 
 SETTINGS = {"sign": 1.0}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accelc.codegen.pages import HUGE, spans, use_huge_pages
+from accelc.codegen.pages import HUGE, PageExchange, spans
 
 
 def test_spans_cover_and_merge() -> None:
@@ -22,10 +22,27 @@ def test_spans_cover_and_merge() -> None:
 def test_contents_and_address_stay() -> None:
     weight = torch.arange(6 * HUGE // 4, dtype=torch.int32)
     at = weight.data_ptr()
-    size = use_huge_pages([weight, weight[3:]])
+    size = PageExchange([weight, weight[3:]]).finish()
     assert weight.data_ptr() == at
     assert torch.equal(weight, torch.arange(6 * HUGE // 4, dtype=torch.int32))
     assert size % HUGE == 0
     if size:  # the kernel may be too old, or have no huge page left
         fields = (line.split() for line in Path("/proc/self/smaps").read_text().splitlines())
         assert sum(int(f[1]) for f in fields if f[0] == "AnonHugePages:") * 1024 >= HUGE
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_goes_on_where_it_stopped() -> None:
+    weight = torch.ones(40 * HUGE // 4)
+    exchange = PageExchange([weight])
+    exchange.advance(0.0)
+    assert exchange.done == 0
+    assert exchange.pending
+    turns = 0
+    while exchange.pending:
+        exchange.advance(1e-6)
+        turns += 1
+    assert turns > 1
+    assert 0 <= exchange.done <= exchange.total
+    assert exchange.total >= weight.nbytes
+    assert bool((weight == 1).all())
