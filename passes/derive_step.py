@@ -11,7 +11,7 @@ from accelc.ir.errors import DeriveError
 from accelc.ir.program import graph_module
 from accelc.passes.base import Pass, PassResult
 from accelc.passes.registry import register_pass
-from accelc.passes.step import mixing  # noqa: F401 - registers its rules
+from accelc.passes.step import mixing, reshaping  # noqa: F401 - they register their rules
 from accelc.passes.step.analysis import Analysis
 from accelc.passes.step.cut import Cached, Rates, minimum_cut
 from accelc.passes.step.emit import Builder, Value, emit

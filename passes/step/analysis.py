@@ -32,7 +32,7 @@ class Analysis:
         self.program = program
         self.graph = program.graph
         self.tokens = program.placeholders()[0]
-        self.symbols = Symbols.of(self.tokens)
+        self.symbols = Symbols.of(self.tokens, int(program.facts["capture"]["max_length"]))  # type: ignore[index]
         self._sizes: dict[fx.Node, tuple[Size, ...]] = {}
         self.token_dependent: set[fx.Node] = set()
         self.size_dependent: set[fx.Node] = set()

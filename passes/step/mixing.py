@@ -13,6 +13,7 @@ import torch.fx as fx
 
 from accelc.passes.step.analysis import Analysis, is_size
 from accelc.passes.step.rules import aligned, negative, rebuilt, rule, scalars
+from accelc.passes.step.selection import mark_keys, top_keys
 from accelc.passes.step.wants import Call, Input, K, Masked, Q, Roles, Want
 
 aten = torch.ops.aten
@@ -94,6 +95,8 @@ def _along(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     size = analysis.sizes(source)[dim]
     if size.time and packet is aten.cumsum and size.is_time and roles[dim] == Q:
         return _running_sum(analysis, node, source, dim % rank, roles)
+    if size.is_time and packet is aten.topk:
+        return top_keys(analysis, node, source, dim % rank, roles)
     if size.time:
         what = "accumulates" if packet in (aten.cumsum, aten.cumprod, aten.logcumsumexp) else "sorts"
         raise analysis.refuse(node, f"{what} along the sequence, which needs running state")
@@ -302,9 +305,14 @@ def _index(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return router(analysis, node, roles)
 
 
-@rule(
-    aten.index_put, aten.index_add, aten.index_select, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.histc
-)
+@rule(aten.scatter)
+def _scatter(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    if analysis.sizes(node)[node.args[1]].time:
+        return mark_keys(analysis, node, roles)
+    return router(analysis, node, roles)
+
+
+@rule(aten.index_put, aten.index_add, aten.index_select, aten.scatter_add, aten.scatter_reduce, aten.histc)
 @rule(aten.bincount, aten.one_hot, aten._grouped_mm, aten.searchsorted, aten.bucketize, aten.index_copy)
 @rule("transformers::grouped_mm_fallback", "aten::_grouped_mm")
 def router(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:

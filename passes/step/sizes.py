@@ -43,24 +43,26 @@ class Size:
 
 @dataclass(frozen=True)
 class Symbols:
-    """The symbols that stand for batch and length in the captured graph."""
+    """The symbols that stand for batch and length in the captured graph, and the longest length there is."""
 
     batch: sympy.Symbol
     length: sympy.Symbol
+    max_length: int
 
     @staticmethod
-    def of(tokens: fx.Node) -> Symbols:
+    def of(tokens: fx.Node, max_length: int) -> Symbols:
         """Read off the tokens placeholder [B, T]."""
         b, t = tokens.meta["val"].shape
         if isinstance(b, int) or isinstance(t, int):
             raise DeriveError(f"the captured graph is specialised to tokens {[b, t]}", where=describe(tokens))
-        return Symbols(b.node.expr, t.node.expr)
+        return Symbols(b.node.expr, t.node.expr, max_length)
 
     def size(self, value: int | torch.SymInt | sympy.Expr) -> Size | None:
         """The polynomial of a size, or None when it has another form (or depends on data).
 
-        Exact forms are read off; forms such as Max(0, T) or Min(T, 4096) are fitted at a few points and verified at
-        others.
+        Forms such as Max(0, T) are fitted at a few points and verified at others up to the longest length. One that
+        changes on the way, such as Min(T, 2048), is read off the longest lengths: the logits of a token do not depend
+        on how far the sequence goes on, so the step may compute all of them as if it went on long.
         """
         if isinstance(value, int):
             return Size(const=value)
@@ -72,14 +74,28 @@ class Symbols:
 
 @functools.lru_cache(maxsize=4096)
 def _fit(symbols: Symbols, expr: sympy.Expr) -> Size | None:
-    """Solve the polynomial from four corners and verify it at other points."""
+    """The polynomial that holds for all lengths, else the one that holds for the longest eighth of them, else None."""
+    most = max(symbols.max_length, 3)
+    if expr.is_polynomial(symbols.batch, symbols.length):
+        return _through(symbols, expr, [2, 7, 11])
+    everywhere = {2, 5, 7, 11, 17, 29, *(1 << k for k in range(6, 24, 2)), most - 1}
+    longest = {most * 7 // 8, most * 15 // 16, *range(most - 4, most)}
+    return _through(symbols, expr, [*sorted(n for n in everywhere if n < most), most]) or _through(
+        symbols, expr, [*sorted(n for n in longest if n > 1), most]
+    )
+
+
+def _through(symbols: Symbols, expr: sympy.Expr, lengths: list[int]) -> Size | None:
+    """const + batch*b + time*t + rows*b*t through the values at these lengths and at several batches, if there is one.
+
+    Solved from the first and the last length at two batches, and verified at all lengths at two others.
+    """
 
     def at(b: int, t: int) -> int:
         return int(expr.subs({symbols.batch: b, symbols.length: t}))
 
-    low, high = 5, 11
+    low, high = lengths[0], lengths[-1]
     c00, c10, c01, c11 = at(2, low), at(3, low), at(2, high), at(3, high)
-    # f(b, t) = const + batch*b + time*t + rows*b*t, solved from four corners
     span = high - low
     rows, rest = divmod((c11 - c01) - (c10 - c00), span)
     if rest:
@@ -89,11 +105,11 @@ def _fit(symbols: Symbols, expr: sympy.Expr) -> Size | None:
     if rest:
         return None
     const = c00 - 2 * batch - time * low - rows * 2 * low
-    fit = Size(const, batch, time, rows)
-    for b, t in ((2, 7), (4, 17), (7, 29)):
-        if at(b, t) != const + batch * b + time * t + rows * b * t:
-            return None
-    return fit
+    for t in lengths:
+        for b in (4, 7):
+            if at(b, t) != const + batch * b + time * t + rows * b * t:
+                return None
+    return Size(const, batch, time, rows)
 
 
 def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
