@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import sympy
 import torch
 import torch.fx as fx
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from accelc.capture_failure import DATA_REMEDY, Guard, data_error, forward_error, listening, size_error, source_of
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
 from accelc.ir.program import Program, graph_module, store
 
@@ -46,11 +48,10 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
         warnings.simplefilter("ignore")
         try:
             logits = wrapper(example)
-        except (TypeError, IndexError, ValueError, RuntimeError) as error:
-            raise CaptureError(
-                f"the forward of {type(model).__name__} fails on token ids {list(EXAMPLE)}: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+        except NoLogitsError:
+            raise
+        except Exception as error:  # a model may raise anything
+            raise forward_error(error, model, f"on token ids {list(EXAMPLE)}") from error
         if logits.dim() != 3 or logits.shape[:2] != example.shape:
             raise NoLogitsError(
                 f"the forward of {type(model).__name__} maps ids {list(EXAMPLE)} to a tensor {list(logits.shape)}"
@@ -131,41 +132,56 @@ def _export(wrapper: LogitsOnly, example: Tensor, max_length: int) -> torch.expo
     lengths become assertions in the graph, which `_check_assertions` evaluates.
     """
     failure: Exception | None = None
-    for bound, deferred in ((max_length, False), (max_length - 1, False), (max_length, True)):
-        batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-        length = torch.export.Dim("length", min=2, max=max(bound, EXAMPLE[1] + 1))
+    with listening(wrapper.model) as guards:
+        for bound, deferred in ((max_length, False), (max_length - 1, False), (max_length, True)):
+            batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+            length = torch.export.Dim("length", min=2, max=max(bound, EXAMPLE[1] + 1))
+            try:
+                exported = torch.export.export(
+                    Traced(wrapper.model),
+                    (example,),
+                    dynamic_shapes=({0: batch, 1: length},),
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=deferred,
+                )
+            except CaptureError:
+                raise
+            except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated classes
+                failure = failure or error
+                if "Constraints violated" not in str(error):
+                    break
+            else:
+                _check_assertions(wrapper.model, exported, max_length)
+                return exported
+    reason = f"{type(failure).__name__}: " + " ".join(str(failure).strip().splitlines()[:3])[:600]
+    raise size_error(wrapper.model, guards, reason, _lengths(max_length)) from failure
+
+
+class Traced(LogitsOnly):
+    """For torch.export: what the forward raises becomes a named error before torch prints its graph."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
         try:
-            exported = torch.export.export(
-                wrapper,
-                (example,),
-                dynamic_shapes=({0: batch, 1: length},),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=deferred,
-            )
-        except NoLogitsError:
+            return super().forward(tokens)
+        except CaptureError:
             raise
-        except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated classes; all mean "not capturable"
-            failure = failure or error
-            if "Constraints violated" not in str(error):
-                break
-        else:
-            _check_assertions(exported, max_length)
-            return exported
-    reason = str(failure).strip().splitlines()
-    raise CaptureError(
-        f"torch.export cannot trace {type(wrapper.model).__name__} with dynamic batch and length: "
-        f"{type(failure).__name__}: " + " ".join(reason[:3])[:600]
-    ) from failure
+        except Exception as error:  # a model may raise anything
+            raise forward_error(error, self.model, "when traced with symbolic batch and length") from error
 
 
-def _check_assertions(exported: torch.export.ExportedProgram, max_length: int) -> None:
+def _lengths(max_length: int) -> list[int]:
+    """The lengths at which assumptions are evaluated: all up to 64, powers of two and the longest."""
+    lengths = sorted({*range(2, min(64, max_length) + 1), *(1 << k for k in range(7, 24)), max_length})
+    return [n for n in lengths if n <= max_length]
+
+
+def _check_assertions(model: nn.Module, exported: torch.export.ExportedProgram, max_length: int) -> None:
     """Raise CaptureError when the graph asserts something of its sizes that is false for some batch or length.
 
-    Passes remove assertions, so they are evaluated here: at all lengths up to 64, powers of two and the longest.
+    Passes remove assertions, so they are evaluated here.
     """
     tokens = next(n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs)
     b, t = (size.node.expr for size in tokens.meta["val"].shape)
-    lengths = sorted({*range(2, min(64, max_length) + 1), *(1 << k for k in range(7, 24)), max_length})
     for node in exported.graph.nodes:
         if node.target is not torch.ops.aten._assert_scalar.default or not isinstance(node.args[0], fx.Node):
             continue
@@ -173,11 +189,12 @@ def _check_assertions(exported: torch.export.ExportedProgram, max_length: int) -
         if not isinstance(condition, torch.SymBool):
             continue
         expression = condition.node.expr
-        if expression.free_symbols - {b, t}:
-            raise CaptureError(f"the forward asserts something of its data: {expression}")
-        for length in (n for n in lengths if n <= max_length):
+        if unknown := expression.free_symbols - {b, t}:
+            raise data_error(model, exported.graph, unknown)
+        for length in _lengths(max_length):
             if not all(bool(expression.subs({b: batch, t: length})) for batch in (1, 2, 3)):
-                raise CaptureError(f"the traced forward does not hold at length {length}: it assumes {expression}")
+                needed = str(expression.subs({b: sympy.Symbol("batch"), t: sympy.Symbol("length")}))
+                raise size_error(model, [Guard(needed, source_of(node))], "", [length])
 
 
 def _is_functional(graph: fx.Graph) -> bool:
@@ -201,7 +218,16 @@ def _plain_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
         **signature.inputs_to_lifted_tensor_constants,
     }
     if signature.buffers_to_mutate:
-        raise CaptureError(f"the forward writes to its buffers: {sorted(signature.buffers_to_mutate.values())}")
+        written = ", ".join(sorted(name.removeprefix("model.") for name in signature.buffers_to_mutate.values()))
+        raise CaptureError(
+            f"the forward writes to its buffers: {written}",
+            remedy="Compute the value from the ids: a forward that counts or remembers calls has no cached step.",
+        )
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"the forward calls {node.target}, which runs another graph", where=source_of(node), remedy=DATA_REMEDY
+            )
     tensors = {**dict(exported.state_dict), **exported.constants}
     root = nn.Module()
     graph = fx.Graph()
