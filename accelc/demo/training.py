@@ -138,6 +138,9 @@ def _train(settings: Settings, corpus: Corpus, path: Path, console: Console) -> 
             if step % 10 == 0 or step + 1 == settings.steps:
                 progress.update(task, loss=f"{loss.item():.3f}")
             progress.advance(task)
+            if not console.is_terminal and (step + 1) % max(1, settings.steps // 10) == 0:  # a log shows no bar
+                elapsed = time.perf_counter() - started
+                console.print(f"Training: {step + 1} of {settings.steps}, loss {loss.item():.3f}, {elapsed:.0f} s")
     seconds = time.perf_counter() - started
 
     model = accelerator.unwrap_model(model)
