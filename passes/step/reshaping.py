@@ -17,7 +17,7 @@ from accelc.passes.step.wants import Call, Dim, Roles, Want
 aten = torch.ops.aten
 
 
-@rule(aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
+@rule(aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as)
 def _reshape(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     source = node.args[0]
     inputs = reshape_roles(analysis, node, source, roles)

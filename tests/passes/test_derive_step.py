@@ -116,6 +116,13 @@ def counted_positions(m: Mixer, x: Tensor) -> Tensor:
     return plain(m, x + m.position(odd.cumsum(1) * odd))
 
 
+def shaped_alike(m: Mixer, x: Tensor) -> Tensor:
+    """Shapes taken from another tensor, as in rotations that interleave pairs."""
+    q = heads(m.query(x))
+    turned = torch.stack([-q[..., 1::2], q[..., ::2]], dim=-1).reshape_as(q)
+    return attend(turned, heads(m.key(x)), heads(m.value(x)), is_causal=True).view_as(x)
+
+
 def derive(model: nn.Module, *, tree: bool = False, raised: bool = True, **options: object) -> tuple[Program, Program]:
     forward = capture(model.eval(), max_length=LENGTH)
     passes = [Normalise(), *([RaiseAttention()] if raised else []), DeriveStep(tree=tree, **options)]  # type: ignore[arg-type]
@@ -135,6 +142,7 @@ def derive(model: nn.Module, *, tree: bool = False, raised: bool = True, **optio
         distances,
         running_sum,
         counted_positions,
+        shaped_alike,
     ],
     ids=lambda f: f.__name__,
 )
