@@ -7,10 +7,17 @@ from typing import Any
 from accelc.ir import Exactness
 from accelc.ir.errors import InputError
 from accelc.passes import Pass
+from accelc.runtime.arguments import token_ids
 
 
 def check_types(
-    max_length: object, max_batch: object, chunk: object, passes: Any, disable: object, require: object
+    max_length: object,
+    max_batch: object,
+    chunk: object,
+    passes: Any,
+    disable: object,
+    require: object,
+    eos: object = None,
 ) -> None:
     """Raise InputError for options of a wrong type, with what they should be."""
     for name, value, least in (("max_length", max_length, 2), ("max_batch", max_batch, 1), ("chunk", chunk, 1)):
@@ -18,6 +25,7 @@ def check_types(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} is {value!r}", remedy=f"Use an integer of at least {least}.")
+    token_ids("eos", eos)
     if isinstance(disable, str):
         raise InputError(f"disable is the string {disable!r}", remedy=f"Pass a list of names: disable=[{disable!r}].")
     if not isinstance(require, Exactness):

@@ -50,6 +50,8 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt with the model in a directory; the text streams to standard output."""
+    from accelc.runtime.text import encode
+
     with _named_errors():
         decoder, sampling = _prepare(
             model, max_length, dtype, eager,
@@ -59,7 +61,7 @@ def generate(
         if report:
             errors.print(decoder.renderable())
         text = sys.stdin.read() if prompt in (None, "-") else prompt
-        ids = decoder.tokenizer(text)["input_ids"]
+        ids = encode(decoder.tokenizer, text)
         with decoder.stream(
             ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_strings=tuple(stop or ())
         ) as stream:

@@ -16,6 +16,7 @@ from accelc.ir import Program
 from accelc.passes.check_step import Mode
 from accelc.passes.manager import report as passes_table
 from accelc.runtime import Decoder
+from accelc.runtime.arguments import token_ids
 
 
 @dataclass
@@ -41,10 +42,23 @@ class CompileReport:
         return sum(self.seconds.values())
 
 
+def known_eos(eos: object, vocab_size: int | None, report: CompileReport) -> frozenset[int]:
+    """The end-of-sequence ids that the model can produce; the report notes the others, which its configuration names.
+
+    Raises StopError for what is no token id.
+    """
+    ids = token_ids("eos", eos)
+    beyond = sorted(i for i in ids if vocab_size is not None and i >= vocab_size)
+    if beyond:
+        report.notices.append(f"eos {beyond} lies outside the vocabulary of {vocab_size}: it ends no row")
+    return ids.difference(beyond)
+
+
 class CompiledDecoder(Decoder):
     """A `Decoder` with its ``programs`` (step, prefill) and ``report``; print it, or `show()` it in a terminal."""
 
     def __init__(self, programs: dict[str, Program], report: CompileReport, **options: Any) -> None:
+        options["eos"] = known_eos(options.get("eos"), options.get("vocab_size"), report)
         super().__init__(states=programs["step"].states, **options)
         self.programs = programs
         self.report = report

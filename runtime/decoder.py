@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
-from accelc.ir.errors import PromptTooLongError, StopError
+from accelc.ir.errors import CopyError, InputError, PromptTooLongError, StopError
 from accelc.ir.state import StateSpec
+from accelc.runtime.arguments import check_count, check_vocabulary, reject_unknown, string_list, token_ids
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.prompts import Prompt, read_prompts
 from accelc.runtime.result import GenerateResult
@@ -16,7 +18,7 @@ from accelc.runtime.sampling import SamplingParams
 from accelc.runtime.selection import spread_params, spread_seeds
 from accelc.runtime.session import Session
 from accelc.runtime.steps import StatePool, StepFunction, Steps, cache_capacity
-from accelc.runtime.stopping import Stops, token_set
+from accelc.runtime.stopping import Stops
 from accelc.runtime.stream import Stream, Streamer, StreamerGuard
 from accelc.runtime.text import Decode, Detokenizer, Tokenizer, decode_function
 
@@ -58,8 +60,12 @@ class Decoder:
             capacity=cache_capacity(max_length, chunk) if capacity is None else capacity,
             device=torch.device(device),
         )
+        if max_batch is not None:
+            check_count("max_batch", max_batch)
         self.max_batch = max_batch
-        self.eos = token_set(eos)
+        self.eos = token_ids("eos", eos)
+        if vocab_size is not None:
+            check_vocabulary("eos", self.eos, vocab_size)
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._pool = StatePool(self.steps)
@@ -91,6 +97,7 @@ class Decoder:
         ignore_eos: bool = False,
         tokenizer: Tokenizer | Decode | None = None,
         streamer: Streamer | None = None,
+        **unknown: object,
     ) -> GenerateResult:
         """Continue one or several prompts until each row ends.
 
@@ -100,8 +107,10 @@ class Decoder:
         stop_tokens, stop_strings: see `Stops`; strings need a tokenizer. ignore_eos: go on after the model's eos.
         streamer: a function called with each `TokenEvent`, or a transformers streamer.
 
-        Raises `InputError`s for bad input, `NonFiniteLogitsError`, and `StreamerError` for what the streamer raises.
+        Raises `InputError`s for bad input, `UnknownOptionError`, `NonFiniteLogitsError`, and `StreamerError` and
+        `TokenizerError` for what the streamer and the tokenizer raise.
         """
+        reject_unknown(self.generate, unknown)
         with self._lock:
             generation = self._prepare(
                 prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer
@@ -128,8 +137,10 @@ class Decoder:
         stop_strings: str | Sequence[str] = (),
         ignore_eos: bool = False,
         tokenizer: Tokenizer | Decode | None = None,
+        **unknown: object,
     ) -> Stream:
         """As `generate`, but returns an iterator of `TokenEvent`s; bad input raises here, not at the first event."""
+        reject_unknown(self.stream, unknown)
         with self._lock:
             return Stream(
                 self._prepare(prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer),
@@ -147,6 +158,11 @@ class Decoder:
                 session.close(discard=True)
                 raise
             return session
+
+    def __reduce__(self) -> NoReturn:
+        raise CopyError(
+            f"a {type(self).__name__} cannot be copied or pickled: it holds compiled code, states and a lock"
+        )
 
     def _read(self, prompt: Prompt) -> list[torch.Tensor]:
         return read_prompts(prompt, vocab_size=self.vocab_size, max_length=self.max_length, max_batch=self.max_batch)
@@ -166,9 +182,13 @@ class Decoder:
         tokenizer: Tokenizer | Decode | None,
     ) -> Generation:
         """Check everything a caller gave, then take states."""
-        strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
-        eos = frozenset() if ignore_eos else self.eos
-        stops = Stops(max_new_tokens, eos, token_set(stop_tokens), strings)
+        if not isinstance(ignore_eos, bool):
+            raise InputError(f"ignore_eos is {ignore_eos!r}", remedy="Use True or False.")
+        strings = string_list(stop_strings)
+        stops = Stops(
+            max_new_tokens, frozenset() if ignore_eos else self.eos, token_ids("stop_tokens", stop_tokens), strings
+        )
+        check_vocabulary("stop_tokens", stops.tokens, self.vocab_size)
         decode = decode_function(tokenizer if tokenizer is not None else self.tokenizer)
         if strings and decode is None:
             raise StopError("stop strings without a tokenizer", remedy="Pass tokenizer=, or use stop_tokens.")
@@ -183,5 +203,5 @@ class Decoder:
                     where=f"row {index}",
                 )
             text = None if decode is None else Detokenizer(decode, ids.tolist(), strings)
-            rows.append(Row(index, max_new_tokens or room, stops, text))
+            rows.append(Row(index, int(max_new_tokens or room), stops, text))
         return Generation(self._session(len(prompts)), prompts, rows, params, seeds)

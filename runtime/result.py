@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from accelc.ir.errors import InputError
 from accelc.runtime.stopping import FinishReason
 
 
@@ -78,6 +79,8 @@ class GenerateResult:
 
     def padded(self, pad_id: int, *, side: Literal["left", "right"] = "right", prompt: bool = True) -> Tensor:
         """All rows as one int64 tensor [B, longest]: sequences, or new tokens alone without ``prompt``."""
+        if side not in ("left", "right"):
+            raise InputError(f"side is {side!r}", remedy="Use 'left' or 'right'.")
         rows = self.sequences if prompt else self.tokens
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
 

@@ -7,13 +7,13 @@ order are those of transformers' logits processors: repetition penalty, temperat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from accelc.ir.errors import SamplingError
+from accelc.ir.errors import SamplingError, unknown_options
 
 CANDIDATES = 1024
 """Largest scores that top-p sorts before it sorts all."""
@@ -30,7 +30,8 @@ class SamplingParams:
     * ``repetition_penalty``: positive scores of tokens in prompt or output are divided by it, negative ones multiplied
       (Keskar et al. 2019); acts on greedy rows too.
 
-    Raises `SamplingError` for values out of range, and for filters that greedy decoding would ignore.
+    Raises `UnknownOptionError`, and `SamplingError` for values out of range and for filters that greedy decoding would
+    ignore.
     """
 
     temperature: float = 0.0
@@ -38,6 +39,12 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    def __new__(cls, *values: float, **options: float) -> SamplingParams:
+        known = [f.name for f in fields(cls)]
+        if unknown := options.keys() - set(known):
+            raise unknown_options("SamplingParams", unknown, known)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, Real, _is_temperature, "0 (greedy) or a number >= 1e-6")

@@ -6,7 +6,8 @@ Finite means: no NaN, no +inf, and not all -inf (a model may mask single tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -123,8 +124,14 @@ def spread_params(sampling: SamplingParams | Sequence[SamplingParams] | None, ba
     """One set of parameters per row, from one for all, one each, or None for greedy."""
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling or SamplingParams()] * batch
-    params = list(sampling)
-    if not all(isinstance(p, SamplingParams) for p in params) or len(params) != batch:
+    params = (
+        list(sampling) if isinstance(sampling, Iterable) and not isinstance(sampling, Mapping | str) else [sampling]
+    )
+    if not all(isinstance(p, SamplingParams) for p in params):
+        raise SamplingError(
+            f"sampling is {sampling!r}", remedy="Give an accelc.SamplingParams(temperature=...), or one per row."
+        )
+    if len(params) != batch:
         raise SamplingError(
             f"{len(params)} sampling settings for {batch} rows", remedy="Give one SamplingParams, or one per row."
         )
@@ -135,10 +142,13 @@ def spread_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     """One seed per row: row r of one seed uses seed + r; None takes one from torch's own generator."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-    valid = [isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds]
-    if isinstance(seed, bool) or len(seeds) != batch or not all(valid):
+    if isinstance(seed, Integral) and not isinstance(seed, bool):
+        seeds: list[object] = [int(seed) + row for row in range(batch)]
+    else:
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed]
+    valid = [isinstance(s, Integral) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds]
+    if len(seeds) != batch or not all(valid):
         raise SamplingError(
             f"seed is {seed!r}", remedy=f"Give an integer in [0, 2**63), or one for each of {batch} rows."
         )
-    return seeds
+    return [int(s) for s in seeds]  # type: ignore[call-overload]

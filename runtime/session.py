@@ -12,12 +12,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from accelc.ir.errors import (
     BatchSizeError,
+    CopyError,
     EmptyPromptError,
     InputError,
     NonFiniteLogitsError,
@@ -25,6 +27,7 @@ from accelc.ir.errors import (
     RankError,
     SessionClosedError,
 )
+from accelc.runtime.arguments import integers
 from accelc.runtime.prompts import check_range, split_rows
 from accelc.runtime.steps import StatePool, Steps
 
@@ -156,8 +159,13 @@ class Session:
         padding at the row's end, are not committed, and their logits mean nothing. Speculation verifies a draft by
         stepping it and rolling back what it rejects. The logits stay valid until the next step.
         """
-        if tokens.dim() == 1:
+        if isinstance(tokens, Tensor) and tokens.dim() == 1:
             tokens = tokens[:, None]
+        if not isinstance(tokens, Tensor):
+            raise RankError(
+                f"step tokens of type {type(tokens).__name__}",
+                remedy=f"Pass a tensor [{self.batch}] or [{self.batch}, N]; lists of different lengths go to extend().",
+            )
         if tokens.dim() != 2 or tokens.shape[0] != self.batch or not 1 <= tokens.shape[1] <= self.steps.chunk:
             raise RankError(
                 f"step tokens of shape {list(tokens.shape)}",
@@ -166,7 +174,7 @@ class Session:
         ids = torch.stack(split_rows(tokens))
         self._check_ids(ids, "step")
         n = ids.shape[1]
-        counts = [n] * self.batch if valid is None else [int(v) for v in valid]
+        counts = [n] * self.batch if valid is None else integers("valid", valid)
         if not all(0 <= v <= n for v in counts):
             raise InputError(f"valid must hold counts in [0, {n}], not {counts}")
         with self._transaction(counts):
@@ -180,6 +188,7 @@ class Session:
 
     def rollback(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Shorten ``rows`` to ``lengths`` committed tokens each: the tokens behind are forgotten, at no cost."""
+        rows, lengths = integers("rows", rows), integers("lengths", lengths)
         if len(rows) != len(lengths):
             raise InputError(f"{len(rows)} rows and {len(lengths)} lengths")
         with self._transaction():
@@ -190,6 +199,9 @@ class Session:
             for row, length in zip(rows, lengths):
                 self.lengths[row] = length
             self._position_row.copy_(self.lengths)
+
+    def __reduce__(self) -> NoReturn:
+        raise CopyError("a Session cannot be copied or pickled: it holds states of its decoder")
 
     def close(self, *, discard: bool = False) -> None:
         """Give the states back. ``discard`` frees them instead: for states a failed run may have filled with NaN."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Integral
 
 from accelc.ir.errors import StopError
 
@@ -39,18 +39,11 @@ class Stops:
 
     def __post_init__(self) -> None:
         n = self.max_new_tokens
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n <= 0):
+        if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n <= 0):
             raise StopError(f"max_new_tokens is {n!r}", remedy="Give an integer of at least 1.")
         for token in (*self.eos, *self.tokens):
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
                 raise StopError(f"stop token {token!r}", remedy="Stop tokens are ids, integers >= 0.")
         for string in self.strings:
             if not isinstance(string, str) or not string:
                 raise StopError(f"stop string {string!r}", remedy="Stop strings are texts of at least one character.")
-
-
-def token_set(tokens: int | Sequence[int] | None) -> frozenset[int]:
-    """Ids given as one, several or none."""
-    if tokens is None:
-        return frozenset()
-    return frozenset([tokens] if isinstance(tokens, int) else tokens)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import NoReturn, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from accelc.ir.errors import StreamerError
+from accelc.ir.errors import CopyError, StreamerError
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult, TokenEvent
 
@@ -79,6 +79,9 @@ class Stream:
         """The tokens so far as a result; closes the stream."""
         self.close()
         return self._generation.result()
+
+    def __reduce__(self) -> NoReturn:
+        raise CopyError("a Stream cannot be copied or pickled: it is a generation in progress")
 
     def __enter__(self) -> Stream:
         return self

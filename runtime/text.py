@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from accelc.ir.errors import StopError
+from accelc.ir.errors import StopError, TokenizerError
 
 INCOMPLETE = "\ufffd"
 """What tokenizers print for bytes that are not (yet) a character."""
@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
 
 
 def decode_function(tokenizer: Tokenizer | Decode | None) -> Decode | None:
-    """The ids -> text function of a tokenizer object or of a plain callable."""
+    """The ids -> text function of a tokenizer object or of a plain callable; its failures are `TokenizerError`s."""
     if tokenizer is None:
         return None
     decode = getattr(tokenizer, "decode", tokenizer)
@@ -30,7 +30,32 @@ def decode_function(tokenizer: Tokenizer | Decode | None) -> Decode | None:
         raise StopError(
             f"{type(tokenizer).__name__} is no tokenizer", remedy="Pass a callable or an object with .decode(ids)."
         )
-    return decode
+    name = getattr(decode, "__qualname__", type(decode).__name__)
+
+    def guarded(ids: list[int]) -> str:
+        try:
+            text = decode(ids)
+        except Exception as error:
+            raise TokenizerError(
+                f"{name} raised {type(error).__name__}: {error}", where=f"decoding the token ids {ids}"
+            ) from error
+        if not isinstance(text, str):
+            raise TokenizerError(f"{name} returned {text!r} and no text", where=f"decoding the token ids {ids}")
+        return text
+
+    return guarded
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text by a transformers tokenizer. Raises `TokenizerError` for whatever it raises."""
+    try:
+        return list(tokenizer(text)["input_ids"])
+    except Exception as error:
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} raised {type(error).__name__}: {error}",
+            where=f"encoding the text {text[:60]!r}",
+            remedy="Pass text that this tokenizer encodes.",
+        ) from error
 
 
 class Detokenizer:

@@ -237,3 +237,15 @@ def test_a_module_without_parameters_and_one_that_wants_more_arguments() -> None
     assert decoder.generate([2, 2, 5], max_new_tokens=2).tokens[0].tolist() == [2, 2]
     with pytest.raises(CaptureError, match="other"):
         accelc.compile(Needs(), max_length=16)
+
+
+def test_eos_is_checked_and_an_id_of_the_configuration_that_cannot_occur_is_noted() -> None:
+    model = Returns(lambda x: x)
+    for wrong in ("a", 1.5, [-1], True):
+        with pytest.raises(InputError, match="eos"):
+            accelc.compile(model, max_length=16, eos=wrong, cache=False, backend="eager")  # type: ignore[arg-type]
+    model = FAMILIES["gpt2"].build()
+    model.generation_config.eos_token_id = [3, 50256]
+    decoder = accelc.compile(model, max_length=16, cache=False, backend="eager", check="off")
+    assert decoder.eos == {3}
+    assert any("50256" in notice and "97" in notice for notice in decoder.report.notices)

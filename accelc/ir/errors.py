@@ -5,6 +5,9 @@ A subclass states its ``remedy`` once; the raiser gives ``what`` and ``where``. 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 import torch.fx as fx
 
 
@@ -167,13 +170,19 @@ class PromptTooLongError(InputError):
 class DTypeError(InputError):
     """Wrong dtype."""
 
-    remedy = "Token ids must be an integer tensor (torch.int64 or torch.int32)."
+    remedy = "Token ids must be integers: lists of them, or tensors and arrays of 16, 32 or 64 bits."
 
 
 class RankError(InputError):
     """Wrong rank."""
 
-    remedy = "Token ids must be [T], [B, T], or a list of lists of different lengths."
+    remedy = "Token ids must be [T], [B, T], a list of prompts of different lengths, or a tokenizer's output."
+
+
+class MaskError(InputError):
+    """An attention mask does not say which tokens are meant."""
+
+    remedy = "A mask holds 1 for tokens and 0 for padding, which lies before or behind the tokens of a row."
 
 
 class SamplingError(InputError):
@@ -196,6 +205,21 @@ class NonFiniteLogitsError(AccelcError):
     remedy = "Check the weights (a half-precision overflow is the usual cause); the decoder stays usable."
 
 
+class TokenizerError(AccelcError):
+    """The tokenizer raised, or returned no text; the original is chained as __cause__. The decoder stays usable."""
+
+    remedy = "Pass the tokenizer of this model, one that decodes every id of its vocabulary."
+
+
+class CopyError(AccelcError, TypeError):
+    """A decoder, session or stream was to be copied or pickled."""
+
+    remedy = (
+        "Share the object itself, threads may use it at once; another process compiles the model again and finds the "
+        "programs in the cache."
+    )
+
+
 class StreamerError(AccelcError):
     """The caller's streamer or callback raised; the original is chained as __cause__. The decoder stays usable."""
 
@@ -212,6 +236,20 @@ class CompileError(AccelcError):
 
 class BackendError(AccelcError):
     """Wrong use of the torch.compile backend."""
+
+
+def unknown_options(
+    whose: str, unknown: Iterable[str], known: Iterable[str], *, where: str = "", advice: str = ""
+) -> UnknownOptionError:
+    """The error for options that something does not have: names all of them, the nearest known ones, and all known."""
+    unknown, known = sorted(unknown), list(known)
+    near = {match: None for name in unknown for match in difflib.get_close_matches(name, known, n=1)}
+    meant = f"Did you mean {' or '.join(near)}? " if near and not advice else ""
+    return UnknownOptionError(
+        f"{whose} has no option {', '.join(unknown)}",
+        where=where,
+        remedy=f"{advice}{meant}Known: {', '.join(known)}.",
+    )
 
 
 def around(graph: fx.Graph, node: fx.Node, context: int = 3) -> str:

@@ -1,9 +1,11 @@
 """Detokenization: pieces join to the whole text, split no character, and stop strings are found wherever tokens end."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelc.runtime.text import Detokenizer
+from accelc.ir.errors import TokenizerError
+from accelc.runtime.text import Detokenizer, encode
 
 
 def decode_bytes(ids):
@@ -78,3 +80,13 @@ def test_a_tokenizer_whose_words_carry_spaces():
 
     assert run([3, 4], prompt=[1, 2], decode=decode)[0] == [" w3", " w4", ""]
     assert run([3, 4], prompt=[1], strings=["3 w"], decode=decode)[2].text == " w"
+
+
+def test_an_encoder_that_raises_is_named():
+    def tokenizer(text):
+        raise OverflowError("too long")
+
+    with pytest.raises(TokenizerError, match="OverflowError: too long") as raised:
+        encode(tokenizer, "some text")
+    assert "'some text'" in raised.value.where
+    assert encode(lambda text: {"input_ids": range(len(text))}, "abc") == [0, 1, 2]
