@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from environment import describe
 from family_models import registered_types
 from family_probe import Row, probe
 from family_report import summary, verdict, write_markdown
@@ -53,22 +54,25 @@ def main(
     rows = [row for row in _load(results) if row.model_type in chosen] if resume else []
     done = {row.model_type for row in rows}
     chosen = [name for name in chosen if name not in done]
+    here = describe()
+    commit = here["commit"] + " with changes" * here["dirty"]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=len(chosen))
         for row in sweep(chosen, jobs=jobs, timeout=timeout, derive=derive):
+            row.commit = commit
             rows.append(row)
             rows.sort(key=lambda row: row.model_type)
             _save(rows, results)  # after every row: a sweep takes long, and may be interrupted and resumed
             progress.console.print(f"{row.model_type:28} {verdict(row):26} {row.seconds:6.1f} s", highlight=False)
             progress.update(task, advance=1, description=row.model_type)
-    console.print(summary(rows))
+    console.print(summary(rows), highlight=False)
     if only:
         for row in rows:
             console.print(asdict(row))
     else:
-        write_markdown(rows, table)
+        write_markdown(rows, table, len(known))
         console.print(f"wrote {results} and {table}")
-    if any(row.outcome == "silently wrong" for row in rows):
+    if any(verdict(row) == "silently wrong" for row in rows):
         raise typer.Exit(1)
 
 
@@ -108,13 +112,13 @@ def _collect(receiver: Connection, entry: _Running, *, timed_out: bool, timeout:
     row = Row(entry.model_type)
     if timed_out:
         entry.process.kill()
-        row.reason, row.seconds = f"timed out after {timeout:.0f} s", timeout
+        row.stopped, row.reason, row.seconds = "timed out", f"stopped after {timeout:.0f} s", timeout
     else:
         try:
             row = receiver.recv()
         except EOFError:
             entry.process.join()
-            row.reason = f"the process ended with code {entry.process.exitcode}"
+            row.stopped, row.reason = "crashed", f"the process ended with code {entry.process.exitcode}"
     entry.process.join()
     receiver.close()
     return row

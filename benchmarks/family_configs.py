@@ -19,6 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 HIDDEN = 64
 HEADS = 4
 HEAD_DIM = HIDDEN // HEADS
+INDEX_HEADS = (
+    32  # with few, their rectified scores are often all zero: ties between keys, which top-k breaks as it likes
+)
 VOCABULARY = 128
 RESERVED_TOKENS = 16  # special tokens lie below, text is drawn from above
 MAX_POSITIONS = 256
@@ -50,7 +53,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"(num_)?(hidden_|decoder_|encoder_)?(n_)?layers?|n_layers?|num_(de|en)coder_layers", _constant(MIN_LAYERS)),
     (r"(swa_)?num_key_value_heads|num_kv_heads|n_head_kv", _kv_heads),
     (r"(\w+_)?(attention|key|value|mamba)_heads|n_heads?|num_heads|attention_heads", _constant(HEADS)),
-    (r"index_n_heads|mamba_n_heads|n_mamba_heads|linear_num_heads", _constant(HEADS)),
+    (r"index_n_heads", _constant(INDEX_HEADS)),
+    (r"mamba_n_heads|n_mamba_heads|linear_num_heads", _constant(HEADS)),
     (r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim|(\w+_)?head_dim|dim_head|kv_channels", _constant(HEAD_DIM)),
     (r"attention_head_size|d_kv", _constant(HEAD_DIM)),
     (r"rotary_dim", _constant(HEAD_DIM // 2)),

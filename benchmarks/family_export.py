@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -28,11 +29,56 @@ _SHIFTS = {aten.roll.default, aten.flip.default, aten.constant_pad_nd.default, a
 _SHAPE_ONLY = re.compile(r"(ones|zeros|full|empty|rand|randn)_like|new_\w+|sym_size|sym_numel")
 
 
+class BrokenAssertion(Exception):
+    """What the export assumes of the sizes does not hold for all of them."""
+
+
 def export(model: nn.Module, ids: Tensor) -> ExportedProgram:
-    """Export ids [B, T] -> logits with B and T dynamic; raises what torch.export raises."""
+    """Export ids [B, T] -> logits with B and T dynamic; raises what torch.export raises.
+
+    torch proves some true conditions, such as min(8, T) <= T, only when asked to leave them in the graph as assertions.
+    So that is tried next, and each assertion about sizes is evaluated at every length. Raises BrokenAssertion.
+    """
+    try:
+        return _export(model, ids, deferred=False)
+    except torch._dynamo.exc.UserError as error:
+        if "Constraints violated" not in str(error):
+            raise
+        first = error
+    try:
+        exported = _export(model, ids, deferred=True)
+    except torch._dynamo.exc.UserError:
+        raise first from None  # the same obstacle; the first message names the condition
+    _check_assertions(exported)
+    return exported
+
+
+def _export(model: nn.Module, ids: Tensor, *, deferred: bool) -> ExportedProgram:
     shapes = {"ids": {0: Dim("batch", min=1, max=MAX_BATCH), 1: Dim("seq", min=2, max=MAX_LENGTH)}}
     with torch.no_grad():
-        return torch.export.export(model, (ids,), dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            model, (ids,), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred
+        )
+
+
+def _check_assertions(exported: ExportedProgram) -> None:
+    batch, length = _size_symbols(exported)
+    for node in exported.graph.nodes:
+        if node.target is not aten._assert_scalar.default or not isinstance(node.args[0], fx.Node):
+            continue
+        condition = node.args[0].meta["val"]
+        if not isinstance(condition, torch.SymBool) or condition.node.expr.free_symbols - {batch, length}:
+            continue  # about data: not a matter of sizes
+        for size in range(2, MAX_LENGTH + 1):
+            if not all(bool(condition.node.expr.subs({batch: b, length: size})) for b in (1, 2)):
+                raise BrokenAssertion(f"the export assumes {condition.node.expr}, which is false at length {size}")
+
+
+def _size_symbols(exported: ExportedProgram) -> tuple[sympy.Symbol, sympy.Symbol]:
+    """The symbols of batch and length."""
+    ids = next(node for node in exported.graph.nodes if node.op == "placeholder" and node.name == "ids")
+    batch, length = (next(iter(size.node.expr.free_symbols)) for size in ids.meta["val"].shape)
+    return batch, length
 
 
 def export_error(error: BaseException, trace: str) -> str:
@@ -53,11 +99,12 @@ def sequence_mixers(exported: ExportedProgram) -> list[str]:
 
     These are convolutions, running sums, shifts, slices that drop an end, and higher-order loops, over a dimension that
     contains the sequence length. Operations on positions alone (masks, rotary tables) do not count, nor does a
-    dimension that merges batch and sequence, which expert routing sorts.
+    dimension that merges batch and sequence, which expert routing sorts, nor a running count of integers, which numbers
+    the tokens that are no padding.
     """
     graph = exported.graph
     ids = next(node for node in graph.nodes if node.op == "placeholder" and node.name == "ids")
-    batch, length = (next(iter(size.node.expr.free_symbols)) for size in ids.meta["val"].shape)
+    batch, length = _size_symbols(exported)
 
     def over_sequence(size: int | torch.SymInt) -> bool:
         symbols = size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
@@ -89,7 +136,7 @@ def _mixer(node: fx.Node, name: str, over_sequence) -> str | None:
     if node.target in _CONVOLUTIONS:
         return name if any(map(over_sequence, value.shape[2:])) else None
     if node.target in _RUNNING:
-        return name if over_sequence(value.shape[node.args[1]]) else None
+        return name if value.is_floating_point() and over_sequence(value.shape[node.args[1]]) else None
     if node.target in _SHIFTS:
         return name if _moves(node, value, over_sequence) else None
     if node.target is aten.slice.Tensor and value.is_floating_point():

@@ -77,10 +77,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "dots3_note_text": _DOTS3_NOTE_TEXT,
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n": {
         "text_config": _GEMMA3N_TEXT,
-        # The default vision tower needs the timm package; token ids never reach it.
-        "vision_config": {"model_type": "siglip_vision_model", "vocab_offset": 128, "vocab_size": 8},
+        "vision_config": {"vocab_offset": 128, "vocab_size": 8},
         "audio_config": {"vocab_offset": 136, "vocab_size": 8},
     },
     "gemma3n_text": _GEMMA3N_TEXT,
@@ -89,10 +89,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"text_config": _GEMMA4_TEXT},
     "gemma4_unified_text": _GEMMA4_TEXT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4": {"text_config": _LLAMA4_TEXT},
     "llama4_text": _LLAMA4_TEXT,
     "mamba2": {"head_dim": 32},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_n_heads": 2,  # as many as key heads
+        "index_head_dim": 16,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
     "musicgen": {"decoder": {"num_codebooks": 1}},
     "musicgen_melody": {"decoder": {"num_codebooks": 1}},
     "qwen4_exp": {"text_config": _QWEN4_EXP_TEXT},
