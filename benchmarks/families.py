@@ -7,31 +7,20 @@ python benchmarks/families.py --only llama,gpt2      # a few, printed
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from environment import describe
 from family_models import registered_types
-from family_probe import Row, probe
+from family_probe import Row
 from family_report import summary, verdict, write_markdown
+from family_sweep import sweep
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parents[1]
-THREADS = 1  # in each process; the models are small
-
-
-@dataclass
-class _Running:
-    model_type: str
-    process: mp.process.BaseProcess
-    deadline: float
 
 
 def main(
@@ -40,7 +29,7 @@ def main(
     timeout: Annotated[float, typer.Option(help="Seconds a type may take.")] = 600.0,
     derive: Annotated[bool, typer.Option(help="Compile and check; off: stop after export.")] = True,
     resume: Annotated[bool, typer.Option(help="Keep the rows that the JSON file has, and try the others.")] = False,
-    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "build" / "families.json",
+    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "benchmarks" / "results" / "families.json",
     table: Annotated[Path, typer.Option(help="Where the table of a whole sweep goes.")] = ROOT / "docs" / "families.md",
 ) -> None:
     """Try every registered causal language model type at a small size and record how far it comes."""
@@ -83,53 +72,6 @@ def _save(rows: list[Row], path: Path) -> None:
 
 def _load(path: Path) -> list[Row]:
     return [Row(**fields) for fields in json.loads(path.read_text())] if path.is_file() else []
-
-
-def sweep(types: list[str], *, jobs: int, timeout: float, derive: bool) -> Iterator[Row]:
-    """Probe each type in its own process; one that crashes or runs past `timeout` seconds gives a row that says so."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["family_probe"])  # torch and transformers are imported once
-    waiting = list(reversed(types))
-    running: dict[Connection, _Running] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            receiver, sender = context.Pipe(duplex=False)
-            model_type = waiting.pop()
-            process = context.Process(target=_child, args=(model_type, derive, sender))
-            process.start()
-            sender.close()
-            running[receiver] = _Running(model_type, process, time.monotonic() + timeout)
-        nearest = min(entry.deadline for entry in running.values())
-        ready = wait(list(running), timeout=max(0.0, nearest - time.monotonic()))
-        late = [receiver for receiver, entry in running.items() if entry.deadline <= time.monotonic()]
-        for receiver in {*ready, *late}:
-            entry = running.pop(receiver)
-            yield _collect(receiver, entry, timed_out=receiver not in ready, timeout=timeout)
-
-
-def _collect(receiver: Connection, entry: _Running, *, timed_out: bool, timeout: float) -> Row:
-    """The row that the process sent, or one that says how it ended; the process is gone afterwards."""
-    row = Row(entry.model_type)
-    if timed_out:
-        entry.process.kill()
-        row.stopped, row.reason, row.seconds = "timed out", f"stopped after {timeout:.0f} s", timeout
-    else:
-        try:
-            row = receiver.recv()
-        except EOFError:
-            entry.process.join()
-            row.stopped, row.reason = "crashed", f"the process ended with code {entry.process.exitcode}"
-    entry.process.join()
-    receiver.close()
-    return row
-
-
-def _child(model_type: str, derive: bool, sender: Connection, run: Callable[..., Row] = probe) -> None:
-    import torch
-
-    torch.set_num_threads(THREADS)
-    sender.send(run(model_type, derive=derive))
-    sender.close()
 
 
 if __name__ == "__main__":
