@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "families.json"
 
 
 def main(
@@ -29,7 +30,7 @@ def main(
     timeout: Annotated[float, typer.Option(help="Seconds a type may take.")] = 600.0,
     derive: Annotated[bool, typer.Option(help="Compile and check; off: stop after export.")] = True,
     resume: Annotated[bool, typer.Option(help="Keep the rows that the JSON file has, and try the others.")] = False,
-    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "benchmarks" / "results" / "families.json",
+    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS,
     table: Annotated[Path, typer.Option(help="Where the table of a whole sweep goes.")] = ROOT / "docs" / "families.md",
 ) -> None:
     """Try every registered causal language model type at a small size and record how far it comes."""
