@@ -116,10 +116,12 @@ def library_agrees(model: TokensToLogits, sequences: list[Tensor]) -> bool | Non
     """
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    language_model: Any = model.model
+    # Set on the model: `generate` fills what an argument leaves open, such as the end token, from the model's settings.
+    language_model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
     try:
         own = [
-            model.model.generate(input_ids=sequence[None, :length], generation_config=settings)[0]
+            language_model.generate(input_ids=sequence[None, :length])[0]
             for sequence, length in zip(sequences, PROMPTS, strict=True)
         ]
     except Exception:  # noqa: BLE001  (classes without generation, or whose own generation needs other inputs)
