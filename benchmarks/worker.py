@@ -41,6 +41,7 @@ class Worker:
         environment = {
             **peer.environment,
             "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+            "BENCHMARK_CACHE_DIR": f"{caches}/others",
             "ACCELC_CACHE_DIR": f"{caches}/accelc",
             "OMP_NUM_THREADS": str(job.threads),
         }

@@ -25,6 +25,7 @@ NAMES = (
     "transformers_inductor_frozen",
     "llama_cpp",
     "ctranslate2",
+    "openvino",
     "torchao",
 )
 
@@ -65,11 +66,29 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"peers.{name}")
 
 
+class Clock:
+    """The tokens of one generation and when each came, counted from the clock's making."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+
+    def add(self, token: int) -> None:
+        """A token is here now."""
+        self.times.append(time.perf_counter() - self._started)
+        self.tokens.append(int(token))
+
+    def timed(self, new_tokens: int) -> Timed:
+        """The generation; raises ValueError if it has not exactly `new_tokens` tokens."""
+        if len(self.tokens) != new_tokens:
+            raise ValueError(f"{len(self.tokens)} tokens were decoded, {new_tokens} were asked for")
+        return Timed(tuple(self.tokens), first_token_seconds=self.times[0], total_seconds=self.times[-1])
+
+
 def timed(tokens: Iterator[int], new_tokens: int) -> Timed:
-    """Take `new_tokens` tokens from an iterator that makes them one by one."""
-    started = time.perf_counter()
-    times, result = [], []
+    """Take `new_tokens` tokens from an iterator that makes each one when it is asked for it, not ahead."""
+    clock = Clock()
     for token in islice(tokens, new_tokens):
-        times.append(time.perf_counter() - started)
-        result.append(int(token))
-    return Timed(tuple(result), first_token_seconds=times[0], total_seconds=times[-1])
+        clock.add(token)
+    return clock.timed(new_tokens)

@@ -1,11 +1,13 @@
 """CTranslate2, on the same weights converted by its own converter."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import Job, Peer, timed
+import torch
+from peers import Clock, Job, Peer
+
+from accelc.demo.contenders import Generate, Timed
 
 PEER = Peer("CTranslate2", requires=("ctranslate2",), dtypes=("fp32",))  # its CPU code has no bf16
 
@@ -36,7 +38,7 @@ def prepare(job: Job) -> Path:
     return path
 
 
-def build(job: Job, prepared: Path) -> Any:
+def build(job: Job, prepared: Path) -> Generate:
     import ctranslate2
 
     words = json.loads((prepared / "vocabulary.json").read_text(encoding="utf-8"))
@@ -44,10 +46,17 @@ def build(job: Job, prepared: Path) -> Any:
         str(prepared), device="cpu", compute_type="float32", inter_threads=1, intra_threads=job.threads
     )
 
-    def stream(ids: list[int]) -> Iterator[int]:
-        steps = generator.generate_tokens(
-            [words[i] for i in ids], max_length=job.max_length - len(ids), sampling_topk=1, end_token=[]
+    def generate(prompt: torch.Tensor, new_tokens: int) -> Timed:
+        clock = Clock()
+        # The callback runs between steps. `generate_tokens` would fill a queue in another thread, ahead of its reader.
+        generator.generate_batch(
+            [[words[i] for i in prompt[0].tolist()]],
+            max_length=new_tokens,
+            sampling_topk=1,
+            end_token=[],
+            include_prompt_in_result=False,
+            callback=lambda step: clock.add(step.token_id),
         )
-        return (step.token_id for step in steps)
+        return clock.timed(new_tokens)
 
-    return lambda prompt, new_tokens: timed(stream(prompt[0].tolist()), new_tokens)
+    return generate

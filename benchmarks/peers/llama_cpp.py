@@ -38,8 +38,16 @@ def build(job: Job, prepared: Path) -> Any:
     import llama_cpp
     import numpy as np
 
+    # Its cache is half precision unless told otherwise: with bf16 weights of the same size, with fp32 less exact.
+    cache = llama_cpp.GGML_TYPE_F32 if job.dtype == "fp32" else llama_cpp.GGML_TYPE_F16
     model = llama_cpp.Llama(
-        str(prepared), n_ctx=job.max_length, n_threads=job.threads, n_threads_batch=job.threads, verbose=False
+        str(prepared),
+        n_ctx=job.max_length,
+        n_threads=job.threads,
+        n_threads_batch=job.threads,
+        type_k=cache,
+        type_v=cache,
+        verbose=False,
     )
 
     def choose() -> int:
