@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 MAX_BATCH = 64
 MAX_LENGTH = 128
+SHORTEST = 4  # with assertions: traced code treats a dimension of size one, such as T - 1 at T = 2, apart
 _LIBRARY_FRAME = re.compile(r'File "[^"]*?/transformers/((?:models/)?[^"]+\.py)", line (\d+), in (\w+)')
 
 aten = torch.ops.aten
@@ -37,24 +38,25 @@ def export(model: nn.Module, ids: Tensor) -> ExportedProgram:
     """Export ids [B, T] -> logits with B and T dynamic; raises what torch.export raises.
 
     torch proves some true conditions, such as min(8, T) <= T, only when asked to leave them in the graph as assertions.
-    So that is tried next, and each assertion about sizes is evaluated at every length. Raises BrokenAssertion.
+    So that is tried next, and each assertion about sizes is evaluated at every length from `SHORTEST` on. Raises
+    BrokenAssertion.
     """
     try:
-        return _export(model, ids, deferred=False)
+        return _export(model, ids, shortest=2, deferred=False)
     except torch._dynamo.exc.UserError as error:
         if "Constraints violated" not in str(error):
             raise
         first = error
     try:
-        exported = _export(model, ids, deferred=True)
+        exported = _export(model, ids, shortest=SHORTEST, deferred=True)
     except torch._dynamo.exc.UserError:
         raise first from None  # the same obstacle; the first message names the condition
     _check_assertions(exported)
     return exported
 
 
-def _export(model: nn.Module, ids: Tensor, *, deferred: bool) -> ExportedProgram:
-    shapes = {"ids": {0: Dim("batch", min=1, max=MAX_BATCH), 1: Dim("seq", min=2, max=MAX_LENGTH)}}
+def _export(model: nn.Module, ids: Tensor, *, shortest: int, deferred: bool) -> ExportedProgram:
+    shapes = {"ids": {0: Dim("batch", min=1, max=MAX_BATCH), 1: Dim("seq", min=shortest, max=MAX_LENGTH)}}
     with torch.no_grad():
         return torch.export.export(
             model, (ids,), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=deferred
@@ -69,7 +71,7 @@ def _check_assertions(exported: ExportedProgram) -> None:
         condition = node.args[0].meta["val"]
         if not isinstance(condition, torch.SymBool) or condition.node.expr.free_symbols - {batch, length}:
             continue  # about data: not a matter of sizes
-        for size in range(2, MAX_LENGTH + 1):
+        for size in range(SHORTEST, MAX_LENGTH + 1):
             if not all(bool(condition.node.expr.subs({batch: b, length: size})) for b in (1, 2)):
                 raise BrokenAssertion(f"the export assumes {condition.node.expr}, which is false at length {size}")
 
