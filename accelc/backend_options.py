@@ -9,12 +9,16 @@ from typing import Any
 
 from accelc.ir.compat import inductor_options
 from accelc.ir.errors import BackendError, OptionValueError, UnknownOptionError
-from accelc.passes import Pass, Pipeline, build_pass
+from accelc.passes import Pass, Pipeline, build_pass, known_passes
 
 DEFAULT_PASSES = ("normalise",)
 """Passes that run on every inference graph. Those that raise to the dialect are not among them: without a pass that
 consumes the dialect it would be expanded again, and patterns of Inductor's own (flash attention) would be lost. A pass
 that needs them names them in ``options["passes"]`` next to itself."""
+
+STEP_PASSES = frozenset({"derive_step", "recognise_masks", "last_logits"})
+"""Passes that make a step of a whole language model, or read one: a graph of torch.compile has neither states nor
+lengths."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,13 @@ def parse_options(options: Mapping[str, object] | None) -> BackendOptions:
         raise OptionValueError(f"the accelc backend got {', '.join(wrong)}", where="torch.compile(options=...)")
     _reject_unknown("Inductor", given.get("inductor", {}), inductor_options())
     built = tuple(p if isinstance(p, Pass) else build_pass(p) for p in given.pop("passes", ()))
+    if stateful := sorted({one.name for one in built} & STEP_PASSES):
+        raise OptionValueError(
+            f"the accelc backend cannot run {', '.join(stateful)}, which work on the step of a captured language model",
+            where="torch.compile(options=...)",
+            remedy=f"Use accelc.compile for a decoder. Passes for any graph: "
+            f"{', '.join(name for name in known_passes() if name not in STEP_PASSES)}.",
+        )
     checked = BackendOptions(passes=built, disable=tuple(given.pop("disable", ())), **given)
     checked.pipeline()  # an impossible order or an unknown name is reported here, not in the middle of compiling
     return checked

@@ -15,13 +15,14 @@ same passes run on them:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 import torch.fx as fx
 
 from accelc.ir import Program, check
-from accelc.ir.compat import attribute_of, fill_values, trace_decomposed
+from accelc.ir.compat import attribute_of, fill_values, is_decomposed, trace_decomposed
 from accelc.ir.dialect import REFERENCES
 from accelc.ir.errors import InvariantError, describe
 from accelc.ir.program import fetch, store
@@ -80,8 +81,8 @@ def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Progra
 def write_back(program: Program, graph: fx.Graph) -> fx.Graph:
     """The inference graph that does what `program` says, with the inputs, writes and output metadata of `graph`.
 
-    Becomes the graph of `graph`'s module, which gets the tensors that passes added. Dialect operations are expanded to
-    their references, which Inductor fuses. Raises `InvariantError` when passes changed the inputs or outputs,
+    Becomes the graph of `graph`'s module, which gets the tensors that passes added. What Inductor does not fuse is
+    expanded. Raises `InvariantError` when passes changed the inputs or outputs,
     `LayoutError` (before anything changed) when an output cannot get back the strides it had.
     """
     module = graph.owning_module
@@ -113,25 +114,29 @@ def write_back(program: Program, graph: fx.Graph) -> fx.Graph:
     for name, value in zip(written, new_values, strict=True):
         fresh.call_function(COPY, (placeholders[name], value)).meta["val"] = placeholders[name].meta["val"]
     fresh.output(type(before.args[0])(returned)).meta = dict(before.meta)
-    expand_dialect(fresh, module)
+    expand(fresh, module, {n.target for n in graph.nodes})
     fresh.lint()
     module.graph = fresh
     return module.graph
 
 
-def expand_dialect(graph: fx.Graph, module: fx.GraphModule) -> int:
-    """Replace each dialect operation by its reference, traced into decomposed ATen; how many there were.
+def expand(graph: fx.Graph, module: fx.GraphModule, known: Collection[object] = ()) -> int:
+    """Replace operations that Inductor would not fuse by what they are made of, traced into decomposed ATen; how many.
 
-    Custom operations are opaque calls to Inductor; their references are not, and fuse with what surrounds them.
+    Custom operations are opaque calls to Inductor; the references of the dialect's are not, and fuse with what
+    surrounds them. Operations of ATen that Inductor wants decomposed (layer norm) are those that passes put in: what is
+    in ``known``, the targets of the graph that Inductor itself made, stays.
     """
     count = 0
+    references = {target: target for target in {n.target for n in graph.nodes} - set(known) if is_decomposed(target)}
+    references |= REFERENCES
     for node in list(graph.nodes):
-        reference = REFERENCES.get(node.target)
+        reference = references.get(node.target)
         if reference is None:
             continue
         tensors = [a for a in node.args if isinstance(a, fx.Node)]
 
-        def call(*values: torch.Tensor, node: fx.Node = node, reference=reference) -> torch.Tensor:
+        def call(*values: torch.Tensor, node: fx.Node = node, reference: Any = reference) -> torch.Tensor:
             given = iter(values)
             return reference(*(next(given) if isinstance(a, fx.Node) else a for a in node.args), **node.kwargs)
 

@@ -16,6 +16,7 @@ from accelc.backend import GraphReport
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import BackendError
 from accelc.passes import Pass, PassResult
+from accelc.passes.derive_step import DeriveStep
 
 aten = torch.ops.aten
 Failed = torch._dynamo.exc.BackendCompilerFailed
@@ -238,6 +239,31 @@ def test_dialect_operations_become_fused_code() -> None:
     assert not [name for name in called if "rms_norm" in name], called
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_norms_raised_from_frozen_weights_become_fused_code(dynamic: bool) -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.rms, self.linear = nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.rms(self.layer(x)))
+
+    model = Norms().eval()
+    nn.init.normal_(model.layer.weight)
+    run = torch.compile(model, backend="accelc", dynamic=dynamic, options={"passes": ["raise_norms"], "freeze": True})
+    x = torch.randn(5, 3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x))
+        with torch.profiler.profile() as profile:
+            torch.testing.assert_close(run(x * 2), run(x * 2))
+    (report,) = backend.reports()
+    assert report.note == ""
+    assert report.history[-1].name == "raise_norms"
+    assert report.history[-1].matches == 2
+    assert not [event.key for event in profile.key_averages() if "norm" in event.key]
+
+
 def test_transformers_generates_with_a_static_cache() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -394,6 +420,11 @@ def test_options_of_inductor_reach_it() -> None:
         ),
         ({"options": {"passes": ["normalize"]}}, ["no pass is named 'normalize'", "normalise"]),
         ({"options": {"disable": ["nothing"]}}, ["cannot disable nothing"]),
+        (
+            {"options": {"passes": ["raise_norms", "derive_step", "last_logits"]}},
+            ["OptionValueError", "cannot run derive_step, last_logits", r"any graph: .*raise_norms", "accelc.compile"],
+        ),
+        ({"options": {"passes": [DeriveStep()]}}, ["cannot run derive_step"]),
         ({"options": {"inductor": {"max_autotun": True}}}, ["no option max_autotun", "Close to it: .*max_autotune"]),
     ],
 )

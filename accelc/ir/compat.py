@@ -70,6 +70,14 @@ def is_joint_graph(graph: fx.Graph) -> bool:
     return any(n.op == "placeholder" and str(n.target).startswith("tangents") for n in graph.nodes)
 
 
+def is_decomposed(target: object) -> bool:
+    """Whether Inductor has a decomposition for an operation, and so no lowering."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings
+
+    return target in select_decomp_table() and target not in lowerings
+
+
 def trace_decomposed(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
     """Trace `function` on fake values into ATen, decomposed as Inductor wants it."""
     from torch._inductor.decomposition import select_decomp_table
@@ -290,6 +298,22 @@ def load_inductor_artifact(path: str) -> Callable[..., Any]:
         return CompiledArtifact.load(path=path, format="binary")
     except (AssertionError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"not a compiled region: {error}") from error
+
+
+@contextmanager
+def mask_hint_unasked() -> Iterator[None]:
+    """Keep `nn.TransformerEncoder` from comparing its mask with a causal one, which a trace cannot do.
+
+    The outcome is only a hint: whether it is given or not, the layers apply the mask itself.
+    """
+    from torch.nn.modules import transformer
+
+    asked = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = asked
 
 
 def lazy_graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
