@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 from torch.fx.node import map_arg
 
-from accelc.codegen import positions, products  # noqa: F401  (register rules)
+from accelc.codegen import positions, products, quantized  # noqa: F401  (register rules)
 from accelc.codegen.arrays import Array
 from accelc.codegen.errors import MutationError
 from accelc.codegen.instructions import RULES, Instruction

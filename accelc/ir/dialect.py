@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accelc.ir.quantized import dequantize_reference, quantized_embedding_reference, quantized_linear_reference
+
 MASKS = ("causal", "window", "chunk")
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
@@ -333,5 +335,8 @@ REFERENCES = {
     torch.ops.accelc.rms_norm.default: rms_norm_reference,
     torch.ops.accelc.rotary.default: rotary_reference,
     torch.ops.accelc.gated_activation.default: gated_activation_reference,
+    torch.ops.accelc.dequantize.default: dequantize_reference,
+    torch.ops.accelc.quantized_linear.default: quantized_linear_reference,
+    torch.ops.accelc.quantized_embedding.default: quantized_embedding_reference,
 }
 """Functional dialect operations and the reference that code generation may expand them to."""

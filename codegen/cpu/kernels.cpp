@@ -6,6 +6,7 @@
 #include "index.h"
 #include "map.h"
 #include "product.h"
+#include "quantized.h"
 #include <omp.h>
 #include <sched.h>
 
@@ -33,7 +34,7 @@ constexpr Op OPS[] = {
     {linear, no_scratch},        {attention, Attention::scratch}, {norm, norm_scratch}, {rotary, rotary_scratch},
     {pointwise, pointwise_scratch}, {copy, no_scratch},           {gather, no_scratch}, {cache_update, no_scratch},
     {product, Product::scratch}, {softmax, softmax_scratch},      {map, no_scratch},  {index, no_scratch},
-    {key_positions, no_scratch}, {visible, no_scratch},
+    {key_positions, no_scratch}, {visible, no_scratch}, {quantized_linear, no_scratch},
 };
 
 struct Plan {

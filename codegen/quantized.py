@@ -1,0 +1,33 @@
+"""Rules for products with weights in few bits (accelc.ir.quantized)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from accelc.codegen.arrays import FLOATS, Array
+from accelc.codegen.instructions import Instruction, floats, rule, scratch
+
+SEGMENT = 128
+"""Columns that share a step of the activations' fixed point, where groups of weights are longer."""
+PLANES = 2
+"""Bytes of an activation in fixed point."""
+
+
+@rule(torch.ops.accelc.quantized_linear.default)
+def quantized_linear(
+    out: Array, x: Array, codes: Array, scales: Array, zeros: Array | None, bias: Array | None, bits: int, rows: int
+) -> Sequence[Instruction] | None:
+    given, into = x.matrix(), out.matrix()
+    if given is None or into is None or not (given.unit and into.unit) or (bias and not bias.unit):
+        return None
+    if codes.ndim != 3 or not floats(x, out, bias) or scales.dtype not in FLOATS:
+        return None
+    padded = codes.size[1] * 32 // bits
+    group = padded // scales.size[1]
+    segment = group if group <= 256 else SEGMENT
+    count = -(-padded // segment)
+    memory = scratch(given.size[0] * (2 * count + PLANES * padded // 4))
+    arrays = (given, codes, scales, zeros, bias, into, memory)
+    return [Instruction("quantized_linear", arrays, (5, 6), (bits, group, segment, PLANES))]

@@ -1,0 +1,1 @@
+"""Ways to choose the codes, scales and zeros of quantized weights."""
