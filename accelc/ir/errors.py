@@ -66,19 +66,31 @@ class UncacheableError(AccelcError):
 class DeriveError(AccelcError):
     """The cached step cannot be derived; names the node and the reason."""
 
-    remedy = "If the operation keeps tokens apart, add a role rule for it (docs/design.md, 'Role rules')."
+    remedy = (
+        "A step computes a token from itself and those before it. Write the operation in that way (a running sum in "
+        "place of one over all tokens); if it is already, add a role rule for it (docs/design.md, 'Role rules')."
+    )
 
 
 class NotCausalError(DeriveError):
-    """Logits depend on later tokens: a bidirectional model has no autoregressive step."""
+    """Logits depend on later tokens, or on how many there are: such a model has no autoregressive step."""
 
-    remedy = "Only causal language models can be decoded token by token."
+    remedy = (
+        "Decoding needs logits that depend on a token and those before it alone. Look for attention without a causal "
+        "mask, positions counted from the end or divided by the length, statistics over all tokens, padding that is "
+        "not masked, and dropout that stays on in evaluation mode."
+    )
 
 
 class CheckError(AccelcError):
     """The derived step does not reproduce the original forward."""
 
-    remedy = "Please report the model: the analysis accepted it but the check did not."
+    remedy = (
+        "No decoder is handed out that decodes something else. Look for what one row or one call does to another: "
+        "statistics over the batch, random numbers, values kept between calls. Where rounding decides (routers, top-k, "
+        "half precision), compile the model in float32 to tell. If it is a pass, disable= it, and accelc.passes.bisect "
+        "shows where it goes wrong."
+    )
 
 
 class PassError(AccelcError):

@@ -1,0 +1,77 @@
+"""What cannot be decoded is refused with what was observed and what its author can do about it."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import accelc
+from accelc.ir import errors
+from accelc.ir.errors import AccelcError, CheckError, DeriveError, NotCausalError
+
+
+class Model(nn.Module):
+    """One attention layer over embeddings with learned positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position, self.head = nn.Embedding(31, 16), nn.Embedding(64, 16), nn.Linear(16, 31)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class FromTheEnd(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        return self.head(self.mix(self.token(ids) + self.position(length - 1 - torch.arange(length))))
+
+
+class NoMask(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids)
+        return self.head(F.scaled_dot_product_attention(x, x, x))
+
+
+class Random(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.dropout(self.mix(self.token(ids)), 0.5, training=True))
+
+
+class OverTheBatch(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids)
+        return self.head(self.mix(x - x.mean(0, keepdim=True)))
+
+
+class OverAllTokens(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids)
+        return self.head(self.mix(x) + x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "observed", "advice"),
+    [
+        (FromTheEnd, NotCausalError, "when the sequence ends after", "positions counted from the end"),
+        (NoMask, NotCausalError, "when tokens from position", "attention without a causal mask"),
+        (Random, NotCausalError, "the logits at position", "dropout that stays on"),
+        (OverTheBatch, CheckError, "of the logits' spread", "statistics over the batch"),
+        (OverAllTokens, DeriveError, "reduces over the sequence", "a running sum"),
+    ],
+)
+def test_the_refusal_says_what_was_seen_and_what_to_do(
+    model: type[Model], error: type[AccelcError], observed: str, advice: str
+) -> None:
+    with pytest.raises(error) as raised:
+        accelc.compile(model().eval(), max_length=32, cache=False, backend="eager")
+    assert observed in raised.value.what
+    assert advice in raised.value.remedy
+
+
+def test_no_remedy_is_a_report_or_a_check_that_is_switched_off() -> None:
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, AccelcError)]
+    assert len(classes) > 30
+    for cls in classes:
+        assert "report" not in cls.remedy.lower(), cls
+        assert "check=" not in cls.remedy, cls
