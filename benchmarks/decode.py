@@ -8,6 +8,9 @@ empty, then filled: the two starting times. Then the peers of a group (as many a
 turns. Memory bandwidth is read just before and just after each sample, because on shared machines it changes by the
 minute: `of limit` is a sample's bytes a second over that bandwidth, and ratios between peers use turns in which both
 saw the same bandwidth.
+
+The files are named by shapes, types and commit, such as results/decode-160m-bf16-1a2b3c4.json; a further run of the
+same adds a number and overwrites nothing. The Markdown file next to it holds the table for a README.
 """
 
 import itertools
@@ -33,6 +36,7 @@ from peers import NAMES, Job, Peer, load
 from rich.console import Console
 from samples import BASE, Case, Row, Sample
 from shapes import DTYPES, SHAPES, Shape, make_model, prompt
+from tables import markdown, terminal
 from worker import Worker, WorkerError
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,17 +56,17 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = psutil.cpu_count(logical=False) or 1,
     overhead: Annotated[bool, typer.Option(help="Take a step of the demo's model apart as well.")] = True,
     work: Annotated[Path | None, typer.Option(help="Keep weights and converted files here; default: deleted.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the JSON file and the plot go.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Where the files go.")] = RESULTS,
 ) -> None:
-    """Measure decoding and write a table, a JSON file and a plot."""
+    """Measure decoding; print tables, and write a JSON file, a Markdown table and a plot."""
     console = Console(highlight=False)
     torch.set_num_threads(threads)
     meter = Bandwidth(threads=threads)
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": describe(),
-        "cases": [],
     }
+    cases: list[Case] = []
     if overhead:
         found = measure_demo_model()
         console.print(found.text())
@@ -80,12 +84,12 @@ def main(
                 work=folder,
             )
             case = measure(job, [str(p) for p in peer or NAMES], prompt_tokens, new_tokens, repeats, meter, console)
-            console.print(case.table())
-            record["cases"].append(asdict(case) | {"summary": case.summary()})
+            console.print(terminal(case))
+            cases.append(case)
     finally:
         if work is None:
             shutil.rmtree(folder, ignore_errors=True)
-    write(record, out, console)
+    write(cases, record, out, console)
 
 
 def measure(
@@ -137,7 +141,7 @@ def measure_group(
                 workers[name] = Worker(name, peer, job, caches[name])
                 starts.append(workers[name].start(ids, case.new_tokens))
             except WorkerError as error:
-                case.skipped[name] = str(error)
+                case.skipped[name] = error.reason
                 console.print(f"  [yellow]{error}[/yellow]")
                 if name in workers:
                     workers.pop(name).close()
@@ -145,22 +149,30 @@ def measure_group(
             if name not in case.rows:
                 case.rows[name] = Row(peer.title, peer.lossy, starts[0].seconds, starts[1].seconds)
         for turn in range(repeats):
-            for name, worker in workers.items():
-                time.sleep(0.3)  # threads of the one before spin for a while
-                before = meter.read() / 1e9
-                timed = worker.generate(ids, case.new_tokens)
-                after = meter.read() / 1e9
-                case.rows[name].tokens = list(timed.tokens)
-                turn_id = f"{'+'.join(peers)}/{turn}"
-                case.rows[name].samples.append(
-                    Sample(turn_id, timed.tokens_per_second, timed.first_token_seconds, before, after)
-                )
+            for name in list(workers):
+                try:
+                    take_sample(case, name, workers[name], f"{'+'.join(peers)}/{turn}", ids, meter)
+                except WorkerError as error:
+                    case.skipped[name] = error.reason
+                    console.print(f"  [yellow]{error}[/yellow]")
+                    workers.pop(name).close()
             console.print(f"  turn {turn + 1} of {repeats}")
     finally:
         for worker in workers.values():
             worker.close()
         for path in caches.values():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def take_sample(case: Case, name: str, worker: Worker, turn: str, ids: torch.Tensor, meter: Bandwidth) -> None:
+    """One generation between two readings of the memory's bandwidth."""
+    time.sleep(0.3)  # threads of the one before spin for a while
+    before = meter.read() / 1e9
+    timed = worker.generate(ids, case.new_tokens)
+    after = meter.read() / 1e9
+    row = case.rows[name]
+    row.tokens = list(timed.tokens)
+    row.samples.append(Sample(turn, timed.tokens_per_second, timed.first_token_seconds, before, after))
 
 
 def groups(peers: dict[str, Peer], shape: Shape, dtype: str, available: int) -> list[list[str]]:
@@ -180,15 +192,25 @@ def groups(peers: dict[str, Peer], shape: Shape, dtype: str, available: int) -> 
     return result or [base]
 
 
-def write(record: dict, out: Path, console: Console) -> None:
-    """The JSON file and the plot, named by the commit."""
+def write(cases: Sequence[Case], record: dict[str, Any], out: Path, console: Console) -> None:
+    """The JSON file, the Markdown table and the plot."""
     from plot import plot
 
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"decode-{record['environment']['commit'] or 'unknown'}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = unused(out, cases, record["environment"]["commit"] or "unknown")
+    record = record | {"cases": [asdict(case) | {"summary": case.summary()} for case in cases]}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(cases, record["environment"]), encoding="utf-8")
     plot(record, path.with_suffix(".svg"))
-    console.print(f"Written: {path} and {path.with_suffix('.svg').name}")
+    console.print(f"Written: {path}, and .md and .svg next to it", soft_wrap=True)
+
+
+def unused(out: Path, cases: Sequence[Case], commit: str) -> Path:
+    """A JSON file in `out` that does not exist yet, named by what was decoded and by the commit."""
+    parts = [*dict.fromkeys(case.shape for case in cases), *dict.fromkeys(case.dtype for case in cases), commit]
+    stem = "-".join(["decode", *parts])
+    names = (f"{stem}{suffix}.json" for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
+    return next(out / name for name in names if not (out / name).exists())
 
 
 if __name__ == "__main__":

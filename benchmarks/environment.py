@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "triton", "llama-cpp-python", "ctranslate2", "openvino-genai", "torchao")
+PACKAGES = ("torch", "transformers", "triton", "llama-cpp-python", "ctranslate2", "openvino", "torchao")
 
 
 def describe() -> dict:

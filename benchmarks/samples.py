@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from statistics import median
 
-from rich.table import Table
-
 # Two bandwidths that differ by more are two levels of the machine, not noise.
 SAME_LEVEL = 0.1
 BASE = "accelc"  # the decoder that the others are compared with, turn by turn
@@ -85,7 +83,7 @@ class Case:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs)) / max(1, len(pairs))
 
     def summary(self) -> dict[str, dict]:
-        """The figures of the table, by peer."""
+        """The figures of the tables, by peer."""
         return {
             name: {
                 "tokens_per_second": median(s.tokens_per_second for s in row.samples),
@@ -102,43 +100,7 @@ class Case:
             if row.samples
         }
 
-    def table(self) -> Table:
-        """The summary for a terminal."""
-        result = Table(title=self.title)
-        result.add_column("decoder")
-        headings = (
-            "tokens/s",
-            "of limit",
-            "accelc is",
-            "first token",
-            "cold start",
-            "second start",
-            "same tokens",
-            "GB/s",
-        )
-        for heading in headings:
-            result.add_column(heading, justify="right")
-        for name, figures in self.summary().items():
-            result.add_row(
-                self.rows[name].title,
-                f"{figures['tokens_per_second']:.1f}",
-                _number(figures["of_limit"], "{:.2f}"),
-                _number(figures["accelc_is_faster"], "{:.2f}x"),
-                f"{figures['first_token_seconds'] * 1e3:.0f} ms",
-                f"{figures['cold_start']:.1f} s",
-                f"{figures['second_start']:.1f} s",
-                _number(figures["same_tokens"], "{:.0%}"),
-                f"{figures['bandwidth']:.0f}",
-            )
-        for name, reason in self.skipped.items():
-            result.add_row(name, f"[dim]{reason}[/dim]")
-        return result
-
 
 def same_level(a: float, b: float) -> bool:
     """Whether two bandwidths differ by noise alone."""
     return abs(a - b) <= SAME_LEVEL * max(a, b)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

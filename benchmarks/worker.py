@@ -16,7 +16,11 @@ from accelc.demo.contenders import Timed, make_ready
 
 
 class WorkerError(RuntimeError):
-    """A peer's process failed or ended; the message has the peer's name and what it said."""
+    """A peer's process failed or ended; the message has the peer's name and what it said, `reason` the latter alone."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class Worker:
             answer = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             self._process.join(5)
-            raise WorkerError(f"{self.name}: its process ended with status {self._process.exitcode}") from error
+            raise WorkerError(self.name, f"its process ended with status {self._process.exitcode}") from error
         if isinstance(answer, str):
-            raise WorkerError(f"{self.name}: {answer}")
+            raise WorkerError(self.name, answer)
         return answer
 
     def __enter__(self) -> "Worker":

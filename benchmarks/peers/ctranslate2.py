@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import Clock, Job, Peer
 
 from accelc.demo.contenders import Generate, Timed
+from peers import Clock, Job, Peer
 
 PEER = Peer("CTranslate2", requires=("ctranslate2",), dtypes=("fp32",))  # its CPU code has no bf16
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import Job, Peer, timed
-
 from accelc.demo.contenders import Generate
+from peers import Job, Peer, timed
 
 PEER = Peer("OpenVINO", requires=("openvino",), copies=3)
 
@@ -96,7 +95,11 @@ def _convert(job: Job) -> Any:
 
     caches = [f"{part}.{i}" for i in range(job.shape.layers) for part in ("key", "value")]
     heads, width = job.shape.kv_heads, job.shape.hidden // job.shape.heads
-    example = [torch.ones(1, 2, dtype=torch.int64), torch.tensor([[3, 4]]), *[torch.zeros(1, heads, 3, width)] * len(caches)]
+    example = [
+        torch.ones(1, 2, dtype=torch.int64),
+        torch.tensor([[3, 4]]),
+        *[torch.zeros(1, heads, 3, width)] * len(caches),
+    ]
     inputs = ["input_ids", "position_ids", *(f"past.{name}" for name in caches)]
     shapes = [openvino.PartialShape(shape) for shape in ([1, -1], [1, -1], *[[1, heads, -1, width]] * len(caches))]
     with torch.no_grad():

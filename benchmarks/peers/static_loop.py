@@ -8,13 +8,13 @@ write to the first one's cache, beyond its end.
 from collections.abc import Callable, Iterator
 
 import torch
-from peers import timed
 from transformers import PreTrainedModel, StaticCache
 
 from accelc.demo.contenders import Generate
+from peers import timed
 
 
-def static_loop(model: PreTrainedModel, max_length: int, mode: str = "default") -> Generate:
+def static_loop(model: PreTrainedModel, max_length: int, backend: str = "inductor") -> Generate:
     """Greedy decoding: the prompt's step as it is, the steps of one token (with their argmax) by `torch.compile`.
 
     The prompt and all new tokens but the last must fit in `max_length` slots of the cache.
@@ -26,7 +26,7 @@ def static_loop(model: PreTrainedModel, max_length: int, mode: str = "default") 
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits.argmax(-1)
 
-    compiled = torch.compile(step, dynamic=False, fullgraph=True, mode=mode)
+    compiled = torch.compile(step, dynamic=False, fullgraph=True, backend=backend)
     return lambda prompt, new_tokens: timed(_tokens(step, compiled, cache, prompt), new_tokens)
 
 

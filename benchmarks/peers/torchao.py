@@ -1,14 +1,15 @@
-"""transformers' `generate` with torchao's int8 weight-only quantization, a static cache and `torch.compile`."""
+"""transformers' model with torchao's int8 weight-only quantization, a static cache and `torch.compile`."""
 
 from typing import Any
 
+from accelc.demo.contenders import Generate
 from peers import Job, Peer
 from peers.transformers_eager import prepare
 
 __all__ = ["PEER", "build", "prepare"]
 
 PEER = Peer(
-    "torchao int8 weights, Inductor",
+    "torchao int8, Inductor",
     requires=("torchao",),
     dtypes=("bf16",),
     environment={"TORCHINDUCTOR_FREEZING": "1"},
@@ -16,10 +17,10 @@ PEER = Peer(
 )
 
 
-def build(job: Job, prepared: Any) -> Any:
+def build(job: Job, prepared: Any) -> Generate:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    from accelc.demo.contenders import transformers_inductor
+    from peers.static_loop import static_loop
 
     quantize_(prepared, Int8WeightOnlyConfig())
-    return transformers_inductor(prepared)
+    return static_loop(prepared, job.max_length)

@@ -7,7 +7,7 @@ from peers.transformers_eager import prepare
 
 __all__ = ["PEER", "build", "prepare"]
 
-PEER = Peer("transformers, Inductor, static cache")
+PEER = Peer("transformers, Inductor")
 
 
 def build(job: Job, prepared: Any) -> Any:

@@ -7,7 +7,7 @@ from peers.transformers_eager import prepare
 
 __all__ = ["PEER", "build", "prepare"]
 
-PEER = Peer("Inductor, static cache, frozen weights", copies=2, environment={"TORCHINDUCTOR_FREEZING": "1"})
+PEER = Peer("Inductor, frozen weights", copies=2, environment={"TORCHINDUCTOR_FREEZING": "1"})
 
 
 def build(job: Job, prepared: Any) -> Any:

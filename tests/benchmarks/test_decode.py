@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic: bytes a token, shares of the limit, ratios turn by turn, memory groups, step times."""
+"""The benchmark's arithmetic and its files: bytes a token, shares of the limit, ratios, memory groups, step times."""
 
 import json
 import sys
@@ -10,12 +10,15 @@ from transformers import LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 
-from decode import groups
+from decode import groups, measure_group, unused, write
 from overhead import per_step
-from peers import Peer
-from plot import plot
+from peers import Job, Peer
+from rich.console import Console
 from samples import Case, Row, Sample
 from shapes import DTYPES, SHAPES, load_model, make_model
+from worker import Start, WorkerError
+
+from accelc.demo.contenders import Timed
 
 
 def case(**rows: Row) -> Case:
@@ -92,11 +95,62 @@ def test_steps_are_taken_apart_by_kernel_calls() -> None:
         per_step(calls, steps=4)
 
 
-def test_record_is_json_and_the_plot_shows_every_peer(tmp_path: Path) -> None:
-    from dataclasses import asdict
-
+def test_files_show_every_peer_and_overwrite_nothing(tmp_path: Path) -> None:
     found = case(accelc=row((20.0, 40, 40), tokens=(1,)), other=row((10.0, 40, 40), tokens=(1,)))
-    record = {"cases": [asdict(found) | {"summary": found.summary()}], "environment": {"cpu": "a processor"}}
-    plot(json.loads(json.dumps(record)), tmp_path / "p.svg")
-    assert (tmp_path / "p.svg").stat().st_size > 1000
-    assert len(found.table().rows) == 2
+    environment = {"cpu": "a processor", "capability": "AVX2", "versions": {}, "commit": "abc1234", "dirty": False}
+    record = {"environment": environment | {"command": "python decode.py"}}
+    for _ in range(2):
+        write([found], record, tmp_path, Console(quiet=True))
+    names = {f"decode-tiny-fp32-abc1234{suffix}" for suffix in ("", "-2")}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{n}.{e}" for n in names for e in ("json", "md", "svg")}
+    for name in names:
+        written = json.loads((tmp_path / f"{name}.json").read_text())
+        assert [list(c["summary"]) for c in written["cases"]] == [["accelc", "other"]]
+        assert (tmp_path / f"{name}.svg").stat().st_size > 1000
+
+
+def test_files_are_named_by_shapes_then_types(tmp_path: Path) -> None:
+    cases = [Case(shape, dtype, 4, 4, 1, 1e9) for shape in ("160m", "1b") for dtype in ("fp32", "bf16")]
+    assert unused(tmp_path, cases, "abc1234") == tmp_path / "decode-160m-1b-fp32-bf16-abc1234.json"
+
+
+def test_a_peer_that_fails_in_a_turn_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on, and the reason is told."""
+    calls: list[str] = []
+
+    class Scripted:
+        def __init__(self, name: str, *_: object) -> None:
+            self.name = name
+
+        def __enter__(self) -> "Scripted":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def start(self, *_: object) -> Start:
+            return Start(1.0, 0.5)
+
+        def generate(self, *_: object) -> Timed:
+            calls.append(self.name)
+            if calls.count(self.name) == 2 and self.name == "weak":
+                raise WorkerError("weak", "out of breath")
+            return Timed((1, 2), 0.5, 1.5)
+
+        def close(self) -> None:
+            calls.append(f"{self.name} closed")
+
+    class Meter:
+        def read(self) -> float:
+            return 40e9
+
+    monkeypatch.setattr("decode.Worker", Scripted)
+    monkeypatch.setattr("decode.time.sleep", lambda _: None)
+    found = case()
+    peers = {name: Peer(name) for name in ("accelc", "weak")}
+    job = Job(Path(), SHAPES["tiny"], "fp32", 8, 1, Path())
+    measure_group(found, job, peers, torch.ones(1, 4), 3, Meter(), Console(quiet=True))
+    assert calls == ["accelc", "weak", "accelc", "weak", "weak closed", "accelc", "accelc closed"]
+    assert found.skipped == {"weak": "out of breath"}
+    assert [len(found.rows[name].samples) for name in peers] == [3, 1]
+    assert found.rows["accelc"].cold_start == 1.5
