@@ -112,7 +112,7 @@ def _library(rows: list[Row]) -> str:
     text = f"The greedy tokens are also those of transformers' `generate` with its own cache for {same} of the derived"
     text += f"; {none} cannot be generated from token ids so" if none else ""
     if other:
-        text += f"; for {', '.join(other)} it does not choose what the uncached forward does"
+        text += f"; for {', '.join(other)} it gives other ones"
     return text + "."
 
 

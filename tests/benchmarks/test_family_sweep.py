@@ -234,7 +234,7 @@ def test_page_names_commits_versions_and_what_is_missing(tmp_path: Path) -> None
     assert "commit abc, abd" in page
     assert f"torch {torch.__version__.partition('+')[0]}" in page
     assert "Only 9 of the 12" in page
-    assert "for 1 of the derived; 1 cannot be generated from token ids so; for b it does not choose" in page
+    assert "for 1 of the derived; 1 cannot be generated from token ids so; for b it gives other ones" in page
     assert "| c | yes | yes | none | refused | x \\| y |" in page
     write_markdown(rows(), tmp_path / "whole.md", 9)
     assert "Only" not in (tmp_path / "whole.md").read_text()
