@@ -11,11 +11,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import accelc
 from accelc.demo import main as demo
 from accelc.ir.errors import AccelcError
 
+EXAMPLES = """Examples, with a directory written by save_pretrained:
+
+accelc generate path/to/model --prompt "def main():" --max-new-tokens 64
+
+accelc generate path/to/model --temperature 0.8 --top-p 0.95 --seed 1 < prompt.txt
+
+accelc generate path/to/model --prompt "Q: why?" --stop "Q:" --report"""
+
 app = typer.Typer(
     help="Turn the plain forward of a causal language model into a fast autoregressive decoder.",
+    epilog="Try accelc demo first, or accelc doctor where something does not work. In Python: accelc.compile(model).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,10 +33,29 @@ app = typer.Typer(
 app.command("demo")(demo)
 errors = Console(stderr=True, highlight=False)
 
+OPTIONAL = ("transformers", "tokenizers")
+"""Packages that models in directories need, and nothing else."""
+
 MODEL = Annotated[Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")]
 
 
-@app.command()
+def show_version(wanted: bool) -> None:
+    """Print the version and end, for ``--version``."""
+    if wanted:
+        typer.echo(f"accelc {accelc.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before the command."""
+
+
+@app.command(epilog=EXAMPLES)
 def generate(
     model: MODEL,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; '-' or nothing reads standard input.")] = None,
@@ -34,15 +63,23 @@ def generate(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longest sequence; default: the model's, up to 4096.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; above 0 samples, and the filters below apply.")
+    ] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together reach this probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Keep the likeliest tokens that together reach this probability; 1 keeps all.")
+    ] = 1.0,
     min_p: Annotated[
         float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")
     ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes sampling reproducible; default: another one each time.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the continuation before it; may be given several times.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Run the step node by node instead of compiling it.")] = False,
     report: Annotated[
@@ -63,7 +100,7 @@ def generate(
         text = sys.stdin.read() if prompt in (None, "-") else prompt
         ids = encode(decoder.tokenizer, text)
         with decoder.stream(
-            ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_strings=tuple(stop or ())
+            [ids], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_strings=tuple(stop or ())
         ) as stream:
             for event in stream:
                 sys.stdout.write(event.text)
@@ -101,8 +138,8 @@ def _prepare(
     model: Path, max_length: int | None, dtype: str | None, eager: bool, options: dict[str, Any]
 ) -> tuple[Any, Any]:
     import torch
+    from transformers.utils import logging as transformers_logging
 
-    import accelc
     from accelc.capture import load_model
     from accelc.compiler import load_tokenizer
     from accelc.ir.errors import InputError
@@ -116,6 +153,7 @@ def _prepare(
         raise InputError(
             f"no tokenizer in {model}", remedy="Save one beside the model: tokenizer.save_pretrained(directory)."
         )
+    transformers_logging.disable_progress_bar()
     loaded = load_model(model, dtype=dtypes[dtype])
     with errors.status("compiling ..."):
         decoder = accelc.compile(
@@ -126,12 +164,17 @@ def _prepare(
 
 @contextmanager
 def _named_errors() -> Iterator[None]:
-    """Our own errors end the command with their text, not with a traceback."""
+    """Our own errors, and a missing package, end the command with a text, not with a traceback."""
     try:
         yield
     except AccelcError as error:
         errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
         errors.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        errors.print(f"{error.name} is not installed: pip install transformers", markup=False)
         raise typer.Exit(1) from None
 
 

@@ -1,5 +1,6 @@
 """The command line on a small saved model: generate, doctor's own checks, passes, and errors without tracebacks."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import accelc
 from accelc.cli import app
 from accelc.doctor import CHECKS
 
@@ -50,6 +52,9 @@ def test_generate_reads_standard_input_and_reports(saved: Path) -> None:
         (["--temperature", "-1"], "SamplingError"),
         (["--dtype", "int3"], "InputError"),
         (["--max-length", "2"], "PromptTooLong"),
+        (["--prompt", ""], "EmptyPromptError"),
+        (["--stop", ""], "StopError"),
+        (["--seed", "-1"], "SamplingError"),
     ],
 )
 def test_errors_are_named_without_a_traceback(saved: Path, arguments: list[str], name: str) -> None:
@@ -57,6 +62,20 @@ def test_errors_are_named_without_a_traceback(saved: Path, arguments: list[str],
     assert result.exit_code == 1
     assert name in result.output
     assert "Traceback" not in result.output
+
+
+def test_help_shows_examples_and_the_version_is_known() -> None:
+    assert "--stop" in runner.invoke(app, ["generate", "--help"]).output
+    assert 'accelc generate path/to/model --prompt "def main():"' in runner.invoke(app, ["generate", "--help"]).output
+    assert "accelc.compile(model)" in runner.invoke(app, ["--help"]).output
+    assert runner.invoke(app, ["--version"]).output == f"accelc {accelc.__version__}\n"
+
+
+def test_a_missing_package_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails, as where it is not installed
+    result = runner.invoke(app, ["generate", str(saved), "--prompt", "x"])
+    assert result.exit_code == 1
+    assert "transformers is not installed" in result.output
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
