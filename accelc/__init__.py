@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelc import hf as hf
-    from accelc.capture import capture as capture
     from accelc.compiler import compile as compile
     from accelc.decoder import CompiledDecoder as CompiledDecoder
     from accelc.ir import Exactness as Exactness
@@ -23,7 +22,6 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "compile": "accelc.compiler",
-    "capture": "accelc.capture",
     "CompiledDecoder": "accelc.decoder",
     "Exactness": "accelc.ir",
     "AccelcError": "accelc.ir.errors",
@@ -49,4 +47,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
 
 
-__all__ = ["AccelcError", "CompiledDecoder", "Exactness", "SamplingParams", "capture", "compile", "hf"]
+__all__ = ["AccelcError", "CompiledDecoder", "Exactness", "SamplingParams", "compile", "hf"]

@@ -18,13 +18,24 @@ import torch.fx as fx
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from accelc.capture_failure import DATA_REMEDY, Guard, data_error, forward_error, listening, size_error, source_of
+from accelc.capture_failure import (
+    DATA_REMEDY,
+    TRACE_REMEDY,
+    TRACED,
+    Guard,
+    data_error,
+    forward_error,
+    listening,
+    size_error,
+    source_of,
+)
+from accelc.ir.compat import mask_hint_unasked
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
 from accelc.ir.program import Program, graph_module, store
 
 MAX_BATCH = 1 << 16
 EXAMPLE = (2, 7)
-"""Batch and length of the traced example; any values above 1 do, both become symbols."""
+"""Batch and length of the run that shows the shape of the logits."""
 
 aten = torch.ops.aten
 
@@ -56,9 +67,12 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
             raise NoLogitsError(
                 f"the forward of {type(model).__name__} maps ids {list(EXAMPLE)} to a tensor {list(logits.shape)}"
             )
-        exported = _export(wrapper, example, max_length)
+        exported = _export(wrapper, example.new_zeros(TRACED), max_length)
         if not _is_functional(exported.graph):
-            exported = exported.run_decompositions({})
+            with listening(model) as guards:
+                exported = exported.run_decompositions({})
+            if not all(isinstance(size, torch.SymInt) for size in _token_sizes(exported)):
+                raise size_error(model, guards, "batch or length became a number", _lengths(max_length))
     module = _plain_module(exported)
     program = Program("forward", module, inputs=("tokens",), outputs=("logits",))
     program.facts["capture"] = {
@@ -132,10 +146,10 @@ def _export(wrapper: LogitsOnly, example: Tensor, max_length: int) -> torch.expo
     lengths become assertions in the graph, which `_check_assertions` evaluates.
     """
     failure: Exception | None = None
-    with listening(wrapper.model) as guards:
+    with listening(wrapper.model) as guards, mask_hint_unasked():
         for bound, deferred in ((max_length, False), (max_length - 1, False), (max_length, True)):
             batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-            length = torch.export.Dim("length", min=2, max=max(bound, EXAMPLE[1] + 1))
+            length = torch.export.Dim("length", min=2, max=max(bound, TRACED[1] + 1))
             try:
                 exported = torch.export.export(
                     Traced(wrapper.model),
@@ -166,7 +180,8 @@ class Traced(LogitsOnly):
         except CaptureError:
             raise
         except Exception as error:  # a model may raise anything
-            raise forward_error(error, self.model, "when traced with symbolic batch and length") from error
+            situation = "when traced with symbolic batch and length"
+            raise forward_error(error, self.model, situation, TRACE_REMEDY) from error
 
 
 def _lengths(max_length: int) -> list[int]:
@@ -175,13 +190,18 @@ def _lengths(max_length: int) -> list[int]:
     return [n for n in lengths if n <= max_length]
 
 
+def _token_sizes(exported: torch.export.ExportedProgram) -> torch.Size:
+    """The sizes [B, T] of the exported graph's input."""
+    tokens = next(n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs)
+    return tokens.meta["val"].shape  # type: ignore[no-any-return]
+
+
 def _check_assertions(model: nn.Module, exported: torch.export.ExportedProgram, max_length: int) -> None:
     """Raise CaptureError when the graph asserts something of its sizes that is false for some batch or length.
 
     Passes remove assertions, so they are evaluated here.
     """
-    tokens = next(n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs)
-    b, t = (size.node.expr for size in tokens.meta["val"].shape)
+    b, t = (size.node.expr for size in _token_sizes(exported))
     for node in exported.graph.nodes:
         if node.target is not torch.ops.aten._assert_scalar.default or not isinstance(node.args[0], fx.Node):
             continue

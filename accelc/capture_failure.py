@@ -29,6 +29,10 @@ SHAPES_LOG = "torch.fx.experimental.symbolic_shapes"
 FRAMEWORK = tuple(str(Path(file).parent) for file in (torch.__file__, __file__, logging.__file__))
 """Frames below these folders are not the model's."""
 
+TRACED = (101, 7)
+"""Batch and length of the example that is traced; both become symbols. No width or number of heads is a multiple of
+101: torch takes sizes for equal that are so in the example by chance."""
+
 DATA_REMEDY = (
     "Write it with tensor operations (torch.where, masks, one_hot): no Python `if`, loop, index or size may depend on "
     "what the tensors hold."
@@ -37,6 +41,8 @@ SIZE_REMEDY = (
     "Take sizes from ids.shape and keep them free: no Python loop over the tokens (nor nn.RNN, nn.LSTM, nn.GRU, which "
     "are one), no int() or tolist() of a size, no tensor of a fixed length."
 )
+
+TRACE_REMEDY = f"It runs on real ids, but not on symbolic sizes. {SIZE_REMEDY} Use tensor operations of torch alone."
 
 
 class ForwardError(CaptureError):
@@ -100,7 +106,7 @@ def listening(model: nn.Module) -> Iterator[list[Guard]]:
         logger.setLevel(level)
 
 
-def forward_error(error: Exception, model: nn.Module, situation: str) -> CaptureError:
+def forward_error(error: Exception, model: nn.Module, situation: str, remedy: str = "") -> CaptureError:
     """The named error for what a model's forward raised, to be raised from it; ``situation`` says in which run."""
     where = place_of((frame for frame, _ in traceback.walk_tb(error.__traceback__)), model)
     if isinstance(error, GuardOnDataDependentSymNode):
@@ -113,6 +119,7 @@ def forward_error(error: Exception, model: nn.Module, situation: str) -> Capture
     return ForwardError(
         f"the forward of {type(model).__name__} fails {situation}: {': '.join([type(error).__name__, *first])}",
         where=where,
+        remedy=remedy,
     )
 
 
@@ -122,8 +129,8 @@ def size_error(model: nn.Module, guards: Iterable[Guard], reason: str, lengths: 
     for guard in guards:
         if guard.holds(tried) is False:
             return CaptureError(
-                f"the forward of {type(model).__name__} works for some sizes alone: traced with 2 rows of 7 tokens, it "
-                f"takes for granted that {readable(guard)}",
+                f"the forward of {type(model).__name__} works for some sizes alone: traced with {TRACED[0]} rows of "
+                f"{TRACED[1]} tokens, it takes for granted that {readable(guard)}",
                 where=guard.place,
                 remedy=SIZE_REMEDY,
             )
