@@ -6,7 +6,7 @@ Finite means: no NaN, no +inf, and not all -inf (a model may mask single tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -124,10 +124,8 @@ def spread_params(sampling: SamplingParams | Sequence[SamplingParams] | None, ba
     """One set of parameters per row, from one for all, one each, or None for greedy."""
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling or SamplingParams()] * batch
-    params = (
-        list(sampling) if isinstance(sampling, Iterable) and not isinstance(sampling, Mapping | str) else [sampling]
-    )
-    if not all(isinstance(p, SamplingParams) for p in params):
+    params = list(sampling) if isinstance(sampling, Iterable) else []
+    if not isinstance(sampling, Iterable) or not all(isinstance(p, SamplingParams) for p in params):
         raise SamplingError(
             f"sampling is {sampling!r}", remedy="Give an accelc.SamplingParams(temperature=...), or one per row."
         )
@@ -146,7 +144,7 @@ def spread_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         seeds: list[object] = [int(seed) + row for row in range(batch)]
     else:
         seeds = list(seed) if isinstance(seed, Iterable) else [seed]
-    valid = [isinstance(s, Integral) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds]
+    valid = [isinstance(s, Integral) and not isinstance(s, bool) and 0 <= int(s) < 2**63 for s in seeds]
     if len(seeds) != batch or not all(valid):
         raise SamplingError(
             f"seed is {seed!r}", remedy=f"Give an integer in [0, 2**63), or one for each of {batch} rows."
