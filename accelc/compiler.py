@@ -16,19 +16,24 @@ from accelc.codegen import CompiledStep, Options, compile_program, prepare
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.fingerprint import fingerprint
 from accelc.ir import Exactness, Program
-from accelc.ir.errors import InputError, UnknownOptionError
+from accelc.ir.errors import InputError, unknown_options
 from accelc.passes import Pass
 from accelc.passes.check_step import check_step
 from accelc.passes.closeness import allowed, computing_dtype, spread
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
 from accelc.program_cache import forget_programs, load_programs, store_programs
 from accelc.runtime import cache_capacity
+from accelc.runtime.arguments import check_vocabulary, token_ids
 
 log = logging.getLogger(__name__)
 
 Backend = Literal["native", "eager"]
 Check = Literal["full", "quick", "off"]
 
+OPTIONS = (
+    "max_length", "max_batch", "chunk", "backend", "passes", "disable", "require", "check", "cache", "verify",
+    "tokenizer", "eos",
+)  # fmt: skip
 CHECK_LENGTH = {"full": 24, "quick": 10}
 """Tokens that a check runs."""
 
@@ -68,16 +73,12 @@ def compile(
     Raises CaptureError, DeriveError, NotCausalError, CheckError, ExactnessError, InputError, UnknownOptionError.
     """
     if unknown:
-        raise UnknownOptionError(
-            f"accelc.compile has no option {', '.join(sorted(unknown))}",
-            remedy="Known: max_length, max_batch, chunk, backend, passes, disable, require, check, cache, verify, "
-            "tokenizer, eos.",
-        )
+        raise unknown_options("accelc.compile", unknown, OPTIONS)
     if backend not in ("native", "eager"):
         raise InputError(f"backend is {backend!r}", remedy="Use 'native' or 'eager'.")
     if check not in ("full", "quick", "off"):
         raise InputError(f"check is {check!r}", remedy="Use 'full', 'quick' or 'off'.")
-    check_types(max_length, max_batch, chunk, passes, disable, require)
+    check_types(max_length, max_batch, chunk, passes, disable, require, eos)
     if isinstance(model, str | Path):
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         model = load_model(model)
@@ -128,6 +129,8 @@ def compile(
     step = programs["step"]
     run_prefill = runner(programs["prefill"], backend, capacity, report)
     facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
+    if eos is not None:
+        check_vocabulary("eos", token_ids("eos", eos), int(facts["vocab_size"]))
     return CompiledDecoder(
         programs,
         report,

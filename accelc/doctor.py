@@ -38,7 +38,7 @@ def diagnose(console: Console) -> bool:
             found = check()
             mark = "[green]ok[/green]"
         except (AccelcError, ImportError, OSError, RuntimeError) as error:
-            found = f"{type(error).__name__}: {error}"
+            found = f"{type(error).__name__}: {error}" if needed else str(error)
             mark = "[red]fails[/red]" if needed else "[yellow]absent[/yellow]"
             good = good and not needed
         table.add_row(name, found, f"{mark} {time.perf_counter() - started:.1f} s")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir import Program
-from accelc.ir.errors import CheckError
+from accelc.ir.errors import CheckError, NonFiniteLogitsError, NotCausalError
 from accelc.passes.closeness import allowed, computing_dtype, is_half, spread
 from accelc.passes.probe_forward import changed_tokens, draw_tokens, probe_causality, probe_lengths, rounding_noise
 
@@ -46,7 +46,8 @@ def check_step(
     token, in uneven chunks, two rows at different lengths, after a rollback of one row, and, for steps with a
     ``tree`` input, as trees; after probes that the forward is causal and the
     same at every length. Returns the
-    error of each way. Raises `NotCausalError` or `CheckError`, which names the first way that differs.
+    error of each way. Raises `NotCausalError`, `NonFiniteLogitsError`, or `CheckError`, which names the first way
+    that differs.
     """
     facts: dict[str, object] = forward.facts["capture"]  # type: ignore[assignment]
     vocabulary, longest = int(facts["vocab_size"]), int(facts["max_length"])  # type: ignore[call-overload]
@@ -62,14 +63,27 @@ def check_step(
     tokens = draw_tokens(forward, 2, length, generator)
     # Later tokens are changed in a copy beside the original: two runs would read the weights twice.
     expected, changed = forward.run(torch.cat([tokens, changed_tokens(forward, tokens)]))[0].double().chunk(2)
+    if not bool(torch.isfinite(expected).all()):
+        raise NonFiniteLogitsError("the model itself gives NaN or infinite logits for random tokens")
     scale = spread(expected)
     dtype = computing_dtype(step)
     noise = rounding_noise(forward, tokens, expected, generator) / scale if is_half(dtype) and not tolerance else 0.0
     bound = tolerance or allowed(dtype, noise)
-    probe_causality(forward, changed, expected, bound * scale)
-    probe_lengths(
-        forward, bound * scale, generator, suspected=bool(step.facts.get("length_dependent")), thorough=length > QUICK
-    )
+    try:
+        probe_causality(forward, changed, expected, bound * scale)
+        probe_lengths(
+            forward, bound * scale, generator,
+            suspected=bool(step.facts.get("length_dependent")), thorough=length > QUICK,
+        )  # fmt: skip
+    except NotCausalError as error:
+        again = forward.run(tokens)[0].double()
+        if not float((again - expected).abs().max()) <= bound * scale:
+            raise NotCausalError(
+                "the forward gives other logits for the same tokens when it is run again",
+                where=error.where,
+                remedy="Make it a function of its tokens: no dropout, noise or state in evaluation mode.",
+            ) from error
+        raise
     modes = []
     ways = {"token by token": [1] * length, "uneven chunks": _uneven(length)}
     runs: list[tuple[str, Iterator[tuple[Tensor, Tensor]]]] = [

@@ -21,7 +21,9 @@ END = 1 << 62
 @register_pass
 @dataclass(frozen=True)
 class RaiseRotary(Pass):
-    """Rotary embedding of the whole last dim of a tensor becomes one `accelc::rotary`. Four spellings are known:
+    """Rotary embedding of the whole last dim of a tensor becomes one `accelc::rotary`.
+
+    Four spellings are known:
 
     * x * cos + rotate(x) * sin with full-width tables; rotate is cat((-b, a)) of halves, stack((-b, a)) of neighbours;
     * cat or stack of (a * cos - b * sin, b * cos + a * sin) with half-width tables, which are then widened (once for

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import accelc
 from accelc.ir import errors
-from accelc.ir.errors import AccelcError, CheckError, DeriveError, NotCausalError
+from accelc.ir.errors import AccelcError, CheckError, DeriveError, NonFiniteLogitsError, NotCausalError
 
 
 class Model(nn.Module):
@@ -38,6 +38,11 @@ class Random(Model):
         return self.head(F.dropout(self.mix(self.token(ids)), 0.5, training=True))
 
 
+class NoNumber(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.mix(self.token(ids))) * float("nan")
+
+
 class OverTheBatch(Model):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.token(ids)
@@ -55,7 +60,8 @@ class OverAllTokens(Model):
     [
         (FromTheEnd, NotCausalError, "when the sequence ends after", "positions counted from the end"),
         (NoMask, NotCausalError, "when tokens from position", "attention without a causal mask"),
-        (Random, NotCausalError, "the logits at position", "dropout that stays on"),
+        (Random, NotCausalError, "when it is run again", "no dropout"),
+        (NoNumber, NonFiniteLogitsError, "NaN", "Check the weights"),
         (OverTheBatch, CheckError, "of the logits' spread", "statistics over the batch"),
         (OverAllTokens, DeriveError, "reduces over the sequence", "a running sum"),
     ],

@@ -84,9 +84,10 @@ class Analysis:
         """The size arguments that give `node`'s shape in `roles`."""
         return [Dim(s, r) for s, r in zip(self.sizes(node), roles, strict=True)]
 
-    def refuse(self, node: fx.Node, reason: str) -> DeriveError:
+    def refuse(self, node: fx.Node, reason: str, remedy: str = "") -> DeriveError:
         """The error that names a node, its surroundings and the reason."""
-        return DeriveError(f"{node.name} ({_target(node)}) {reason}", where="\n" + around(self.graph, node))
+        what = f"{node.name} ({_target(node)}) {reason}"
+        return DeriveError(what, where="\n" + around(self.graph, node), remedy=remedy)
 
     @cached_property
     def position(self) -> dict[fx.Node, int]:

@@ -298,7 +298,9 @@ def _check_rows(analysis: Analysis, tables: Tables, node: fx.Node) -> None:
     highest = int(tables.at(node.args[1], 1, tables.max_length).max()) if analysis.is_index(node.args[1]) else 0
     if rows.is_const and highest >= rows.const:
         raise analysis.refuse(
-            node, f"has {rows.const} learned positions; max_length {tables.max_length} reads position {highest}"
+            node,
+            f"has {rows.const} learned positions; max_length {tables.max_length} reads position {highest}",
+            remedy=f"Pass max_length={tables.max_length - (highest - rows.const + 1)} or less.",
         )
 
 
