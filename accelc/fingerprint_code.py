@@ -125,7 +125,7 @@ def _feed_global(feed: Feed, name: str, function: types.FunctionType, where: str
     """Hash a function that a module can call: of installed packages its place and file, otherwise all of it."""
     file = function.__code__.co_filename
     feed.add(name, function.__qualname__, file, function.__code__.co_firstlineno)
-    if file.startswith(_INSTALLED) and os.path.isfile(file):
+    if _is_installed(file) and os.path.isfile(file):
         if not is_versioned(file):
             feed.add(file_digest(file))
     elif not is_versioned(file):
@@ -144,7 +144,7 @@ def _follows(module: types.ModuleType, other: types.ModuleType) -> bool:
     file = getattr(other, "__file__", None)
     if file is None or is_versioned(file):
         return False
-    return module.__name__.split(".")[0] == other.__name__.split(".")[0] or not file.startswith(_INSTALLED)
+    return module.__name__.split(".")[0] == other.__name__.split(".")[0] or not _is_installed(file)
 
 
 def _content(cell: Any) -> object:
@@ -165,7 +165,18 @@ def _feed_code(feed: Feed, code: types.CodeType) -> None:
             feed.add(constant)
 
 
-_INSTALLED = tuple({sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("platlib") + os.sep})
+def _is_installed(file: str) -> bool:
+    """Whether a file lies where packages are installed, also in folders that one environment borrows from another."""
+    return file.startswith(_package_folders(tuple(sys.path)))
+
+
+@functools.lru_cache(maxsize=8)
+def _package_folders(path: tuple[str, ...]) -> tuple[str, ...]:
+    named = [p for p in path if os.path.basename(os.path.normpath(p)) in ("site-packages", "dist-packages")]
+    own = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return tuple({os.path.normpath(p) + os.sep for p in (*named, *own)})
+
+
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
 
 

@@ -147,7 +147,13 @@ def measure_group(
                     workers.pop(name).close()
                 continue
             if name not in case.rows:
-                case.rows[name] = Row(peer.title, peer.lossy, starts[0].seconds, starts[1].seconds)
+                case.rows[name] = Row(
+                    peer.title,
+                    peer.lossy,
+                    starts[0].seconds,
+                    starts[1].seconds,
+                    settle_seconds=starts[1].settle_seconds,
+                )
         for turn in range(repeats):
             for name in list(workers):
                 try:

@@ -39,6 +39,7 @@ class Row:
     second_start: float
     samples: list[Sample] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    settle_seconds: float = 0.0  # spent after the second start on getting to full speed
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Case:
                 "first_token_seconds": median(s.first_token_seconds for s in row.samples),
                 "cold_start": row.cold_start,
                 "second_start": row.second_start,
+                "settle_seconds": row.settle_seconds,
                 "same_tokens": self.agreement(row),
                 "bandwidth": median(s.bandwidth for s in row.samples),
                 "steady_samples": sum(s.steady for s in row.samples),

@@ -29,6 +29,8 @@ class Start:
 
     ready_seconds: float
     first_token_seconds: float
+    settle_seconds: float = 0.0
+    """What a decoder spent afterwards on getting to its full speed, where it can be asked to."""
 
     @property
     def seconds(self) -> float:
@@ -118,7 +120,10 @@ def _serve(pipe: Connection, name: str, job: Job) -> None:
                 generate = peer.build(job, prepared)
                 ready = make_ready(name, generate, started, prompt, new_tokens)
                 first = generate(prompt, new_tokens).first_token_seconds
-                pipe.send(Start(ready.compile_seconds, first))
+                begun = time.perf_counter()
+                if hasattr(generate, "settle"):
+                    generate.settle()
+                pipe.send(Start(ready.compile_seconds, first, time.perf_counter() - begun))
             else:
                 assert generate is not None, "start comes first"
                 pipe.send(generate(prompt, new_tokens))

@@ -125,6 +125,13 @@ class CompiledStep:
         committed = None if lengths is None else int(lengths.sum()) // max(len(lengths), 1)
         return summarize(instance.stream, total, waited, ran, repeats, committed)
 
+    def settle(self) -> None:
+        """Do now what else is spread over the first steps: put huge pages under all weights."""
+        with self._lock:
+            if self._pages is not None:
+                self._pages.finish()
+                self._exchange(0.0)
+
     def interpret(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The same program, node by node in torch: the reference."""
         with torch.no_grad():

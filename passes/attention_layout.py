@@ -66,7 +66,23 @@ def count_heads(layout: Layout, query: fx.Node, levels: tuple[fx.Node, ...]) -> 
             for size in leading[1:]:
                 heads *= int(size)
             return heads
+    if (found := _heads_of_features(layout, query)) is not None:
+        return found
     raise NotAttention(f"batch and heads cannot be told apart in {shape(query)}")
+
+
+def _heads_of_features(layout: Layout, query: fx.Node) -> int | None:
+    """H where features were split and merged with the batch in one reshape, [.., B, H * D] to [.., B * H, D]."""
+    node = query
+    while permutation(node) is not None:
+        node = node.args[0]  # type: ignore[assignment]
+    if not is_call(node, aten.reshape):
+        return None
+    (*outer, batch, features), (*same_outer, merged, width) = shape(node.args[0]), shape(node)  # type: ignore[arg-type]
+    if not (isinstance(features, int) and isinstance(width, int) and same(outer, same_outer)):
+        return None
+    heads = features // width
+    return heads if same(batch, layout.batch) and same(merged, layout.batch * heads) else None
 
 
 def query_rows(layout: Layout, node: fx.Node) -> fx.Node:

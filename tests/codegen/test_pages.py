@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 
 from accelc.codegen.pages import HUGE, PageExchange, spans
 
@@ -46,3 +47,16 @@ def test_goes_on_where_it_stopped() -> None:
     assert 0 <= exchange.done <= exchange.total
     assert exchange.total >= weight.nbytes
     assert bool((weight == 1).all())
+
+
+def test_a_decoder_settles_at_once_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelc
+    from accelc.codegen import step
+
+    monkeypatch.setattr(step, "PAGES_AT_ONCE", 0)
+    decoder = accelc.compile(FAMILIES["llama"].build(), max_length=32)
+    expected = decoder.generate([1, 2, 3], max_new_tokens=4).tokens
+    decoder.settle()
+    decoder.settle()
+    assert decoder.steps.decode._pages is None
+    assert all(map(torch.equal, decoder.generate([1, 2, 3], max_new_tokens=4).tokens, expected))
