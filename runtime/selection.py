@@ -51,6 +51,10 @@ def likeliest(logits: Tensor) -> Tensor:
         logits = logits.float()
     scores = logits.numpy()
     best = scores.argmax(axis=-1)  # the first NaN if there is one
+    if len(best) == 1:  # indexing by arrays takes longer than the maximum
+        if not math.isfinite(scores[0, best[0]]):
+            best[0] = -1
+        return torch.from_numpy(best)
     peaks = scores[np.arange(len(best)), best].tolist()
     if not all(map(math.isfinite, peaks)):
         best[~np.isfinite(peaks)] = -1

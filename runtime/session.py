@@ -62,9 +62,10 @@ class Session:
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             """Committed tokens per row, int64 [B]; a live buffer: read it, change it through `step` and `rollback`."""
             self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            self._positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            # Flat views of the two, and 1 for each row that still generates: what the hot loop writes.
-            self._token_row, self._position_row = self._tokens.view(batch), self._positions.view(batch)
+            # The next token's position is the number of those before it.
+            self._positions = self.lengths.view(batch, 1)
+            # A flat view, and 1 for each row that still generates: what the hot loop writes.
+            self._token_row = self._tokens.view(batch)
             self._advance = torch.ones(batch, dtype=torch.int64, device=device)
         self.logits: Tensor = torch.empty(0)
         """[B, V]: the logits after the last token of each row, as of the last `extend` (for `start`: the prompts)."""
@@ -96,7 +97,6 @@ class Session:
             final = logits if final is None else torch.where((valid > 0)[:, None], logits, final)
             self.lengths.add_(valid)
         assert final is not None
-        self._position_row.copy_(self.lengths)
         return final
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -104,7 +104,6 @@ class Session:
         self._token_row.copy_(tokens)
         logits = self.steps.decode(self._tokens, self._positions, self.lengths, *self._states)[0]
         self.lengths.add_(self._advance)
-        self._position_row.add_(self._advance)
         return logits.select(1, 0)
 
     def retire(self, rows: Sequence[int]) -> None:
@@ -183,7 +182,6 @@ class Session:
             padding = torch.arange(n, device=logits.device) >= advance[:, None]
             self._require_finite(logits.amax(-1).masked_fill(padding, 0.0))
             self.lengths.add_(advance)
-            self._position_row.copy_(self.lengths)
         return logits
 
     def rollback(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -198,7 +196,6 @@ class Session:
                     raise InputError(f"cannot roll row {row} back to {length} tokens", where=f"lengths {present}")
             for row, length in zip(rows, lengths):
                 self.lengths[row] = length
-            self._position_row.copy_(self.lengths)
 
     def __reduce__(self) -> NoReturn:
         raise CopyError("a Session cannot be copied or pickled: it holds states of its decoder")
@@ -234,7 +231,6 @@ class Session:
     def _restore(self, lengths: Tensor) -> None:
         """Put the lengths back and zero every slot behind them: NaN there would survive a zero attention weight."""
         self.lengths.copy_(lengths)
-        self._position_row.copy_(lengths)
         for spec, state in zip(self.steps.states, self._states):
             slots = torch.arange(state.shape[spec.time_dim], device=state.device)
             shape = [1] * state.dim()
