@@ -4,7 +4,7 @@ from typing import Any
 
 from peers import Job, Peer
 
-PEER = Peer("accelc", copies=2)
+PEER = Peer("accelc")
 
 
 def prepare(job: Job) -> Any:
