@@ -28,7 +28,12 @@ from accelc.ir.errors import UncacheableError
 log = logging.getLogger(__name__)
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-_IRRELEVANT = frozenset({"name_or_path", "_name_or_path", "_commit_hash", "transformers_version", "warnings_issued"})
+_IRRELEVANT = frozenset(
+    {
+        "name_or_path", "_name_or_path", "_commit_hash", "transformers_version", "warnings_issued",
+        "_output_capturing_hooks_installed",
+    }
+)  # fmt: skip
 """Where a model came from and what it has complained about; no forward depends on it."""
 _PRINTED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload)
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType)
@@ -191,7 +196,7 @@ def _feed_submodule(feed: Feed, path: str, module: nn.Module) -> None:
         return
     if isinstance(module, torch.jit.ScriptModule):
         raise UncacheableError("scripted code", where=where)
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_pre_hooks or not all(map(_only_records, module._forward_hooks.values())):
         raise UncacheableError("a forward hook", where=where)
     if "parametrizations" in module._modules:
         raise UncacheableError("a parametrization", where=where)
@@ -200,6 +205,11 @@ def _feed_submodule(feed: Feed, path: str, module: nn.Module) -> None:
             raise UncacheableError(f"{name} is replaced on the instance by a {type(value).__name__}", where=where)
     feed.value(type(module), where)
     feed.attributes(module, where, skip=_MODULE_ATTRIBUTES | {"generation_config"})
+
+
+def _only_records(hook: object) -> bool:
+    """Whether a hook is one of those by which transformers collects hidden states and attentions when asked to."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def _is_configuration(value: object) -> bool:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 import accelc
+from accelc.compiler import confirm
+from accelc.decoder import CompiledDecoder
 from accelc.fingerprint import fingerprint as model_fingerprint
 from accelc.ir.errors import DTypeError, EmptyPromptError, GenerationModeError, NonFiniteLogitsError
-from accelc.runtime import Decoder, Session
+from accelc.runtime import Session
 from accelc.runtime.stream import TokenStreamer, call_streamer
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ SMALLEST_BUCKET = 256
 
 
 def decode(
-    *, max_length: int | None = None, streamer: TokenStreamer | None = None, **options: object
+    *wrong: object, max_length: int | None = None, streamer: TokenStreamer | None = None, **options: object
 ) -> CustomGenerate:
     """An object for `model.generate(custom_generate=...)`.
 
@@ -41,8 +43,13 @@ def decode(
     does not pass one on. options: for `accelc.compile`.
 
     The compiled decoder is kept with the model and made anew when a parameter, a buffer, an attribute of a submodule or
-    its code has changed (what `accelc.fingerprint` sees).
+    its code has changed (what `accelc.fingerprint` sees). A model that has no fingerprint, because of a hook of its
+    own for example, is compared with its decoder on a few tokens at each call.
     """
+    if wrong:  # generate called this function itself
+        raise GenerationModeError(
+            "custom_generate is the function accelc.hf.decode", remedy="Call it: custom_generate=accelc.hf.decode()."
+        )
     return CustomGenerate(max_length, streamer, options)
 
 
@@ -187,7 +194,7 @@ class Entry:
 
     options: dict[str, Any]
     weights: tuple[object, ...]
-    decoder: Decoder
+    decoder: CompiledDecoder
 
 
 class DecoderCache(list[Entry]):
@@ -200,20 +207,29 @@ class DecoderCache(list[Entry]):
         return DecoderCache, ()
 
 
-def compiled(model: PreTrainedModel, max_length: int, options: dict[str, Any], *, exact: bool = False) -> Decoder:
+def compiled(
+    model: PreTrainedModel, max_length: int, options: dict[str, Any], *, exact: bool = False
+) -> CompiledDecoder:
     """The model's decoder for at least ``max_length`` tokens, compiled unless one is kept; one is kept per options."""
     cache: DecoderCache = model.__dict__.pop("_accelc_decoders", DecoderCache())  # not part of what is fingerprinted
     tensors = itertools.chain(model.parameters(), model.buffers())
-    weights = (model_fingerprint(model), *(fingerprint(tensor) for tensor in tensors))
+    key = model_fingerprint(model)
+    weights = (key, *(fingerprint(tensor) for tensor in tensors))
     model.__dict__["_accelc_decoders"] = cache
     cache[:] = [entry for entry in cache if entry.weights == weights]
     for entry in cache:
-        if entry.options == options and entry.decoder.max_length >= max_length:
+        fits = entry.options == options and entry.decoder.max_length >= max_length
+        if fits and (key is not None or still_agrees(model, entry.decoder)):
             return entry.decoder
     decoder = accelc.compile(model, max_length=max_length if exact else bucket(model, max_length), **options)
     cache[:] = [entry for entry in cache if entry.options != options]
     cache.append(Entry(dict(options), weights, decoder))
     return decoder
+
+
+def still_agrees(model: PreTrainedModel, decoder: CompiledDecoder) -> bool:
+    """For models without a key, whose code and attributes cannot be compared: their logits can."""
+    return confirm(model, decoder.programs["step"], decoder.steps.decode, decoder.steps.capacity)
 
 
 def bucket(model: PreTrainedModel, length: int) -> int:

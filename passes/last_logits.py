@@ -18,6 +18,7 @@ TOKENWISE = {
     aten.to.dtype, aten.add.Tensor, aten.clone.default,
 }  # fmt: skip
 """What may stand between the output projection and the logits."""
+PROJECTIONS = {aten.linear.default, torch.ops.accelc.quantized_linear.default}
 
 
 @register_pass
@@ -62,7 +63,7 @@ def hidden_states(logits: fx.Node) -> fx.Node:
     """
     node = logits
     while len(node.users) == 1 and node.op == "call_function":
-        if node.target is aten.linear.default:
+        if node.target in PROJECTIONS:
             hidden = node.args[0]
             return hidden if isinstance(hidden, fx.Node) and len(hidden.users) == 1 else logits
         tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]

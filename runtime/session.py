@@ -68,7 +68,7 @@ class Session:
             self._token_row = self._tokens.view(batch)
             self._advance = torch.ones(batch, dtype=torch.int64, device=device)
         self.logits: Tensor = torch.empty(0)
-        """[B, V]: the logits after the last token of each row, as of the last `extend` (for `start`: the prompts)."""
+        """[B, V]: the logits after the last token of each row; empty after a `rollback`, until tokens are appended."""
 
     # -- the hot path: no checks; the caller is inside `alone` -----------------------------------------------------
 
@@ -182,6 +182,10 @@ class Session:
             padding = torch.arange(n, device=logits.device) >= advance[:, None]
             self._require_finite(logits.amax(-1).masked_fill(padding, 0.0))
             self.lengths.add_(advance)
+            last = logits[torch.arange(self.batch, device=logits.device), (advance - 1).clamp(min=0)]
+            before = self.logits if self.logits.shape == last.shape else torch.full_like(last, torch.nan)
+            after = torch.where((advance > 0)[:, None], last, before)
+        self.logits = after
         return logits
 
     def rollback(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -196,6 +200,7 @@ class Session:
                     raise InputError(f"cannot roll row {row} back to {length} tokens", where=f"lengths {present}")
             for row, length in zip(rows, lengths):
                 self.lengths[row] = length
+        self.logits = torch.empty(0)
 
     def __reduce__(self) -> NoReturn:
         raise CopyError("a Session cannot be copied or pickled: it holds states of its decoder")

@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from families import FAMILIES
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -37,6 +38,9 @@ def eager_compile(model, *, max_length, **options):
         return (logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1])),)
 
     return Decoder(step, step, [StateSpec("texts", ("B", "S"), torch.int64, 1)], max_length=max_length, chunk=4)
+
+
+PROMPT = torch.tensor([[5, 9, 2, 30]])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -353,3 +357,32 @@ def test_a_model_that_changed_is_compiled_again(llama, change):
     expected = llama.generate(prompt(length=9), **run)
     assert torch.equal(llama.generate(prompt(length=9), **run, custom_generate=hf.decode()), expected)
     assert not torch.equal(before, expected)
+
+
+def test_a_model_that_once_returned_attentions_is_still_watched(compilations):
+    """transformers leaves hooks behind that collect outputs; a change of the model must be seen all the same."""
+    model = FAMILIES["llama"].build()
+    model.generate(PROMPT, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    for change in (lambda: None, lambda: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.Tanh())):
+        change()
+        expected = model.generate(PROMPT, max_new_tokens=8, do_sample=False)
+        got = model.generate(PROMPT, max_new_tokens=8, do_sample=False, custom_generate=accelc.hf.decode())
+        assert torch.equal(got, expected)
+    assert len(compilations) == 2
+
+
+def test_a_model_with_hooks_of_its_own_is_compared_at_each_call(monkeypatch):
+    model, compile_, made = FAMILIES["llama"].build(), accelc.compile, []
+    monkeypatch.setattr(accelc, "compile", lambda *a, **k: made.append(compile_(*a, **k)) or made[-1], raising=False)
+    factor = [1.0]
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * factor[0])
+    for factor[0] in (1.0, 1.0, -3.0):
+        expected = model.generate(PROMPT, max_new_tokens=8, do_sample=False)
+        got = model.generate(PROMPT, max_new_tokens=8, do_sample=False, custom_generate=accelc.hf.decode())
+        assert torch.equal(got, expected)
+    assert len(made) == 2
+
+
+def test_the_function_in_place_of_its_result_is_named():
+    with pytest.raises(GenerationModeError, match=r"hf\.decode\(\)"):
+        FAMILIES["llama"].build().generate(PROMPT, max_new_tokens=2, custom_generate=accelc.hf.decode)

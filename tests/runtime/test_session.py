@@ -41,6 +41,7 @@ def test_rollback_then_continue_equals_a_fresh_run(tiny):
     session = tiny.decoder().start(PROMPTS)
     session.step(torch.tensor(prompts_of([4, 4], seed=3)))
     session.rollback([0, 1], [3, 13])
+    assert session.logits.numel() == 0  # nobody should choose by logits of tokens that are gone
     kept = session.lengths.tolist()
     assert kept == [3, 13]
     new = torch.tensor(prompts_of([3, 3], seed=4))
@@ -133,3 +134,11 @@ def test_prompts_share_a_few_prefill_widths():
     assert [round_up(n, 256) for n in (1, 2, 3, 9, 16, 17, 33, 250, 256)] == [1, 2, 4, 16, 16, 32, 48, 256, 256]
     assert round_up(9, 10) == 10
     assert all(n <= round_up(n, 64) <= 64 for n in range(1, 65))
+
+
+def test_the_sessions_logits_follow_its_steps(tiny):
+    session = tiny.decoder().start([[1, 2, 3], [4, 5]])
+    second = session.logits[1].clone()
+    logits = session.step(torch.tensor([[6, 7], [8, 9]]), valid=[2, 0])
+    same(session.logits[0], logits[0, 1])
+    same(session.logits[1], second)
