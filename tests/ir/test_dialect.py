@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accelc.ir.dialect import ACTIVATIONS, REFERENCES, key_positions, mask_family, visible
+from accelc.ir.quantized import Scheme, encode
 
 ops = torch.ops.accelc
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
@@ -308,6 +309,9 @@ def samples() -> dict[str, tuple]:
     full, _ = attention_case(**CASES["everything"])
     x = torch.randn(2, 3, 4, 8)
     full_qkv = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
+    scales, zeros = torch.rand(20, 2) / 8 + 0.1, torch.full((20, 2), 7.0)
+    coded = encode(torch.randn(20, 40), scales, zeros, Scheme(4, 32, symmetric=False, scale_dtype=torch.float32))
+    weight = (coded.codes, coded.scales, coded.zeros)
     return {
         "attention": plain,
         "attention with everything": full,
@@ -319,6 +323,9 @@ def samples() -> dict[str, tuple]:
         "rms_norm": (x.transpose(1, 2), torch.randn(8), 1e-5, 1.0),
         "rotary": (x.transpose(1, 2).bfloat16(), torch.randn(3, 8), torch.randn(3, 8), True),
         "gated_activation": (x.transpose(1, 2), x.transpose(1, 2), "silu"),
+        "dequantize": (*weight, 4, 20, 40, torch.bfloat16),
+        "quantized_linear": (torch.randn(3, 2, 40).transpose(0, 1), *weight, torch.randn(20), 4, 20),
+        "quantized_embedding": (torch.tensor([[3, 19], [0, 3]]), *weight, 4, 40, torch.float32),
     }
 
 
