@@ -32,6 +32,7 @@ from accelc.capture_failure import (
 from accelc.ir.compat import mask_hint_unasked
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
 from accelc.ir.program import Program, graph_module, store
+from accelc.passes.closeness import allowed, spread
 
 MAX_BATCH = 1 << 16
 EXAMPLE = (2, 7)
@@ -82,7 +83,22 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
         "device": str(device),
         "dtype": str(logits.dtype),
     }
+    _check_captured(program, example, logits)
     return program
+
+
+def _check_captured(program: Program, example: Tensor, logits: Tensor) -> None:
+    """Raise CaptureError unless the graph gives the logits of the run before it was traced: tracing takes for constant
+    what Python code remembers from call to call or draws at random.
+    """
+    again = program.run(example)[0].double()
+    difference = float((again - logits.double()).abs().nan_to_num(0.0).max())  # NaN is reported by the check
+    if difference > allowed(logits.dtype) * spread(logits.double().nan_to_num(0.0)):
+        raise CaptureError(
+            f"the graph of {program.facts['capture']['model']} gives other logits than its forward did for the same "  # type: ignore[index]
+            f"ids: they differ by {difference:.1e}",
+            remedy="Make the forward a function of its ids: no counters, no random numbers, nothing kept between calls.",
+        )
 
 
 def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:

@@ -43,6 +43,23 @@ class Returns(nn.Module):
         return self.wrap(self.table(ids))  # type: ignore[operator]
 
 
+class Counting(nn.Module):
+    """Scores depend on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.calls = nn.Embedding(11, 11), 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        return self.table(ids) * self.calls
+
+
+def test_what_a_model_remembers_between_calls_is_not_taken_for_constant() -> None:
+    with pytest.raises(CaptureError, match="counters"):
+        accelc.compile(Counting(), max_length=16, cache=False)
+
+
 def test_generate_is_what_the_model_says() -> None:
     model = FAMILIES["llama"].build()
     decoder = accelc.compile(model, max_length=64, cache=False)

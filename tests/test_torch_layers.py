@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import accelc
 from accelc.capture import capture
+from accelc.ir.errors import AccelcError
 
 VOCABULARY, WIDTH, HEADS, LENGTH = 31, 16, 4, 32
 PROMPT = torch.tensor([3, 4, 5])
@@ -82,6 +83,46 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Te
     ),
     "encoder, norm first": (lambda: encoder(norm_first=True, activation="gelu"), lambda m, x: m(x, hidden(x.shape[1]))),
 }
+
+
+def settled(norm: nn.Module) -> nn.Module:
+    """A batch norm with statistics of its own."""
+    torch.nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
+    torch.nn.init.uniform_(norm.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    return norm
+
+
+def merged(x: Tensor) -> Tensor:
+    return x.reshape(-1, WIDTH)
+
+
+CASES |= {
+    "batch norm over channels": (
+        lambda: settled(nn.BatchNorm1d(WIDTH)),
+        lambda m, x: m(x.transpose(1, 2)).transpose(1, 2),
+    ),
+    "batch norm of merged rows": (lambda: settled(nn.BatchNorm1d(WIDTH)), lambda m, x: m(merged(x)).view_as(x)),
+    "group norm of merged rows": (lambda: nn.GroupNorm(4, WIDTH), lambda m, x: m(merged(x)).view_as(x)),
+}
+REFUSED: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "group norm over the sequence": (
+        nn.GroupNorm(4, WIDTH),
+        lambda m, x: m(x.transpose(1, 2)).transpose(1, 2),
+        "normalises over the sequence",
+    ),
+    "batch norm without statistics": (
+        nn.BatchNorm1d(WIDTH, track_running_stats=False),
+        lambda m, x: m(merged(x)).view_as(x),
+        "statistics of the batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_norms_that_mix_tokens_are_refused_by_name(name: str) -> None:
+    layer, call, text = REFUSED[name]
+    with pytest.raises(AccelcError, match=text):
+        accelc.compile(Model(layer, call).eval(), max_length=LENGTH, cache=False, backend="eager")
 
 
 @pytest.mark.parametrize("name", CASES)

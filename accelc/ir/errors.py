@@ -77,8 +77,9 @@ class NotCausalError(DeriveError):
 
     remedy = (
         "Decoding needs logits that depend on a token and those before it alone. Look for attention without a causal "
-        "mask, positions counted from the end or divided by the length, statistics over all tokens, padding that is "
-        "not masked, and dropout that stays on in evaluation mode."
+        "mask, positions counted from the end or divided by the length, rotary tables that change with it (rope types "
+        "'dynamic' and 'longrope': choose another, or compile for a max_length within the original positions), "
+        "statistics over all tokens, padding that is not masked, and dropout that stays on in evaluation mode."
     )
 
 

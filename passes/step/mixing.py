@@ -156,6 +156,37 @@ def _norm(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return rebuilt(analysis, node, {**tensors, 0: Want(node.args[0], roles)})
 
 
+@rule(aten.batch_norm, aten._native_batch_norm_legit_no_training, aten.cudnn_batch_norm)
+def _batch_norm(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    """With statistics that were kept in training, an affine map of each channel (dim 1)."""
+    training = node.target.overloadpacket is not aten._native_batch_norm_legit_no_training and node.args[5]
+    if training or node.args[3] is None:
+        raise analysis.refuse(
+            node, "normalises by statistics of the batch", "Keep statistics (track_running_stats=True), and model.eval()."
+        )
+    if len(roles) > 1 and roles[1] is not None:
+        raise analysis.refuse(node, "takes the sequence for the dim of channels")
+    return _along_rows(analysis, node, roles)
+
+
+@rule(aten.group_norm)
+def _group_norm(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    """Statistics of each row (dim 0), over groups of channels and every dim behind them."""
+    if any(s.has_time for s in analysis.sizes(node.args[0])[1:]):
+        raise analysis.refuse(node, "normalises over the sequence")
+    return _along_rows(analysis, node, roles)
+
+
+def _along_rows(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    """The operation on `roles` of its first argument, and its parameters as they are."""
+    if K in roles and not analysis.sizes(node.args[0])[0].is_batch:
+        raise analysis.refuse(node, "would have to be computed again for all past tokens")
+    tensors: dict[int, Any] = {
+        i: analysis.want(a, Q) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and not is_size(a)
+    }
+    return rebuilt(analysis, node, {**tensors, 0: Want(node.args[0], roles)})
+
+
 # -- contractions ----------------------------------------------------------------------------------------------------
 
 

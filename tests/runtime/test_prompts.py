@@ -92,6 +92,7 @@ def test_what_a_tokenizer_returns(tiny, side):
         ({"input_ids": ROWS, "attention_mask": [[1, 2, 1], [1, 1, 1]]}, MaskError, "0 and 1"),
         ({"input_ids": ROWS, "attention_mask": [["a"] * 3] * 2}, MaskError, "no mask"),
         ({"input_ids": ROWS, "attention_mask": "111"}, MaskError, "no mask"),
+        (torch.zeros(1, 3, dtype=torch.int64, device="meta"), InputError, "meta device"),
         ("text", DTypeError, r"generate\(tokenizer\(text\)"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
