@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accelc.ir.quantized import dequantize_reference, quantized_embedding_reference, quantized_linear_reference
+from accelc.ir.quantized import dequantize_reference
+from accelc.ir.quantized_ops import (
+    quantized_embedding_reference,
+    quantized_grouped_linear_reference,
+    quantized_linear_reference,
+)
 
 MASKS = ("causal", "window", "chunk")
 ACTIVATIONS = {
@@ -338,5 +343,6 @@ REFERENCES = {
     torch.ops.accelc.dequantize.default: dequantize_reference,
     torch.ops.accelc.quantized_linear.default: quantized_linear_reference,
     torch.ops.accelc.quantized_embedding.default: quantized_embedding_reference,
+    torch.ops.accelc.quantized_grouped_linear.default: quantized_grouped_linear_reference,
 }
 """Functional dialect operations and the reference that code generation may expand them to."""

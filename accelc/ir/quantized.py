@@ -1,4 +1,4 @@
-"""Weight-only quantization: how weights are stored in few bits, and the operations that read them.
+"""Weight-only quantization: how weights are stored in few bits. The operations that read them are in `quantized_ops`.
 
 A weight [..., N, K] is cut into groups of `group` neighbours along K, the dim that products contract. Element k of a
 row is `(code - zero) * scale` with the scale and zero of its group. Codes are unsigned; a symmetric scheme has the zero
@@ -216,17 +216,6 @@ def by_group(weight: Tensor, scheme: Scheme) -> Tensor:
     return weight.unflatten(-1, (scheme.groups(columns), -1))
 
 
-# -- operations ------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("accelc::dequantize", mutates_args=())
-def dequantize(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, rows: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    """The weight [..., N, K] of a `QuantizedWeight` for operations that have no kernel for codes."""
-    return dequantize_reference(codes, scales, zeros, bits, rows, columns, dtype)
-
-
 def dequantize_reference(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
@@ -235,59 +224,3 @@ def dequantize_reference(
     zero = float(1 << (bits - 1)) if zeros is None else deinterleave(zeros, rows).float()[..., None]
     values = unpack(codes, bits, rows).unflatten(-1, (scale.shape[-2], -1)).float()
     return ((values - zero) * scale).flatten(-2)[..., :columns].to(dtype).contiguous()
-
-
-@dequantize.register_fake
-def _(codes, scales, zeros, bits, rows, columns, dtype):
-    return codes.new_empty((*codes.shape[:-3], rows, columns), dtype=dtype)
-
-
-@torch.library.custom_op("accelc::quantized_linear", mutates_args=())
-def quantized_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, rows: int
-) -> Tensor:
-    """x [..., K] times the transpose of a quantized weight [N, K], plus bias [N]: [..., N] in x's dtype.
-
-    Products are summed in fp32 from weights that are not rounded to x's dtype first.
-    """
-    return quantized_linear_reference(x, codes, scales, zeros, bias, bits, rows)
-
-
-def quantized_linear_reference(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, rows: int
-) -> Tensor:
-    """The specification of `quantized_linear`."""
-    weight = dequantize_reference(codes, scales, zeros, bits, rows, x.shape[-1], torch.float32)
-    y = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
-    return y.to(x.dtype)
-
-
-@quantized_linear.register_fake
-def _(x, codes, scales, zeros, bias, bits, rows):
-    return x.new_empty((*x.shape[:-1], rows))
-
-
-@torch.library.custom_op("accelc::quantized_embedding", mutates_args=())
-def quantized_embedding(
-    ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    """Rows `ids` [...] of a quantized table [N, K]: [..., K] in `dtype`, K = `columns`."""
-    return quantized_embedding_reference(ids, codes, scales, zeros, bits, columns, dtype)
-
-
-def quantized_embedding_reference(
-    ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    """The specification of `quantized_embedding`."""
-    part, lane = ids // LANES, ids % LANES
-    words = codes.unflatten(-1, (LANES, WORD))[part, :, lane].unsqueeze(-3)  # [..., 1, words, 4]
-    by_row = torch.stack([words & 15, words >> 4], dim=-2).flatten(-3) if bits == 4 else words.flatten(-2)
-    scale = scales[part, :, lane].float()[..., None]
-    zero = float(1 << (bits - 1)) if zeros is None else zeros[part, :, lane].float()[..., None]
-    values = by_row.squeeze(-2).unflatten(-1, (scale.shape[-2], -1)).float()
-    return ((values - zero) * scale).flatten(-2)[..., :columns].to(dtype).contiguous()
-
-
-@quantized_embedding.register_fake
-def _(ids, codes, scales, zeros, bits, columns, dtype):
-    return codes.new_empty((*ids.shape, columns), dtype=dtype)

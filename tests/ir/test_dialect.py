@@ -325,6 +325,13 @@ def samples() -> dict[str, tuple]:
         "gated_activation": (x.transpose(1, 2), x.transpose(1, 2), "silu"),
         "dequantize": (*weight, 4, 20, 40, torch.bfloat16),
         "quantized_linear": (torch.randn(3, 2, 40).transpose(0, 1), *weight, torch.randn(20), 4, 20),
+        "quantized_grouped_linear": (
+            torch.randn(7, 40),
+            *(torch.stack([part, part.flip(0)]) for part in weight),
+            torch.tensor([3, 6]),
+            4,
+            20,
+        ),
         "quantized_embedding": (torch.tensor([[3, 19], [0, 3]]), *weight, 4, 40, torch.float32),
     }
 
