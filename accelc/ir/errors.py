@@ -206,6 +206,18 @@ class StopError(InputError):
     """A stop condition is wrong: max_new_tokens, stop tokens or stop strings."""
 
 
+class CheckpointError(InputError):
+    """Files with weights that are damaged, or do not fit the model: names the tensors, their file, and what was
+    expected.
+    """
+
+    remedy = "Nothing was loaded. Download the files again, or check that config.json belongs to them."
+
+
+class CheckpointFormatError(CheckpointError):
+    """Weights are stored in a way that is not read: another method, number of bits, grouping or packing."""
+
+
 class SessionClosedError(AccelcError):
     """A session was used after it was closed."""
 

@@ -50,7 +50,10 @@ VIEWS = {
 }  # fmt: skip
 """Operations that move no bytes when fused into their consumer."""
 
-CONTRACTIONS = {aten.linear, aten.matmul, aten.bmm, aten.mm, aten.addmm, aten.baddbmm, aten.einsum}
+CONTRACTIONS = {
+    aten.linear, aten.matmul, aten.bmm, aten.mm, aten.addmm, aten.baddbmm, aten.einsum,
+    torch.ops.accelc.quantized_linear,
+}  # fmt: skip
 
 IN_CACHE = 0.25
 """What a byte costs that is written and read again at once, as a share of one from memory: it stays in a processor

@@ -162,7 +162,9 @@ def _batch_norm(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     training = node.target.overloadpacket is not aten._native_batch_norm_legit_no_training and node.args[5]
     if training or node.args[3] is None:
         raise analysis.refuse(
-            node, "normalises by statistics of the batch", "Keep statistics (track_running_stats=True), and model.eval()."
+            node,
+            "normalises by statistics of the batch",
+            "Keep statistics (track_running_stats=True), and model.eval().",
         )
     if len(roles) > 1 and roles[1] is not None:
         raise analysis.refuse(node, "takes the sequence for the dim of channels")
@@ -226,14 +228,14 @@ def hidden(analysis: Analysis, node: fx.Node, wants: list[Want], contracted: str
     return [Masked(w, 0.0) if w is both[0] else w for w in wants]
 
 
-@rule(aten.linear)
+@rule(aten.linear, accelc.quantized_linear)
 def _linear(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     source, weight = node.args[0], node.args[1]
     if analysis.sizes(source)[-1].has_time or any(s.has_time for s in analysis.sizes(weight)):
         raise analysis.refuse(node, "multiplies along the sequence by a weight")
     tensors = {i: analysis.want(a, Q) for i, a in enumerate(node.args) if isinstance(a, fx.Node)}
-    inputs = (*roles[:-1], None)
-    return Call(node.target, tuple({**tensors, 0: Want(source, inputs)}[i] for i in range(len(node.args))))
+    tensors[0] = Want(source, (*roles[:-1], None))
+    return Call(node.target, tuple(tensors.get(i, a) for i, a in enumerate(node.args)))
 
 
 @rule(aten.einsum)
@@ -316,6 +318,22 @@ def _embedding(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return Call(node.target, (analysis.want(node.args[0], Q), Want(node.args[1], roles[:-1])))
 
 
+@rule(accelc.quantized_embedding)
+def _quantized_embedding(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    ids, *table = node.args
+    rest = [analysis.want(a, Q) if isinstance(a, fx.Node) else a for a in table]
+    return Call(node.target, (Want(ids, roles[:-1]), *rest))
+
+
+@rule(aten.index_select)
+def _index_select(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
+    """Parts picked along a dim of fixed size move no tokens; picked rows are a router's."""
+    source, dim, index = node.args
+    if not analysis.sizes(source)[dim].is_const or not analysis.is_static(index):
+        return router(analysis, node, roles)
+    return Call(node.target, (Want(source, roles), negative(dim, len(roles)), analysis.want(index, Q)))
+
+
 @rule(aten.gather)
 def _gather(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     source, dim, index = node.args[:3]
@@ -343,7 +361,7 @@ def _scatter(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     return router(analysis, node, roles)
 
 
-@rule(aten.index_put, aten.index_add, aten.index_select, aten.scatter_add, aten.scatter_reduce, aten.histc)
+@rule(aten.index_put, aten.index_add, aten.scatter_add, aten.scatter_reduce, aten.histc)
 @rule(aten.bincount, aten.one_hot, aten._grouped_mm, aten.searchsorted, aten.bucketize, aten.index_copy)
 @rule("transformers::grouped_mm_fallback", "aten::_grouped_mm")
 def router(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:

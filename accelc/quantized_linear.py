@@ -1,0 +1,93 @@
+"""Modules whose weights are in few bits: a model made of them is captured like any other, and its graph reads codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from accelc.ir.errors import InputError
+from accelc.ir.quantized import QuantizedWeight, Scheme
+
+
+class QuantizedModule(nn.Module):
+    """Holds a `QuantizedWeight` [N, K]: ``codes``, ``scales`` and, for asymmetric schemes, ``zeros``.
+
+    They are parameters without gradient, not buffers: what is compiled does not depend on their values. Modules made of
+    one another's parameters share them.
+    """
+
+    zeros: nn.Parameter | None
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise InputError(f"a module takes a quantized matrix, not a tensor {list(weight.shape)}")
+        self.scheme: Scheme = weight.scheme
+        self.rows, self.columns = weight.rows, weight.columns
+        self.codes = _parameter(weight.codes)
+        self.scales = _parameter(weight.scales)
+        self.register_parameter("zeros", None if weight.zeros is None else _parameter(weight.zeros))
+
+    def weight_value(self) -> QuantizedWeight:
+        """The weight [N, K]; its tensors are the module's own."""
+        return QuantizedWeight(self.scheme, self.codes, self.scales, self.zeros, self.rows, self.columns)
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.columns}, {self.scheme}"
+
+
+class QuantizedLinear(QuantizedModule):
+    """A linear layer x [..., K] -> [..., N] by `accelc::quantized_linear`; ``bias`` [N] or None.
+
+    ``order`` int64 [K], a permutation, says which column of x each column of the weight belongs to (act-order
+    checkpoints keep groups of columns that are no neighbours): the product is with ``x[..., order]``.
+    """
+
+    bias: nn.Parameter | None
+    order: nn.Parameter | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, order: Tensor | None = None) -> None:
+        super().__init__(weight)
+        self.in_features, self.out_features = weight.columns, weight.rows
+        self.register_parameter("bias", None if bias is None else _parameter(bias))
+        self.register_parameter("order", None if order is None else _parameter(order))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] in the order of x's columns, dequantized to fp32 anew each time; for code that reads it."""
+        weight = torch.ops.accelc.dequantize(
+            self.codes, self.scales, self.zeros, self.scheme.bits, self.rows, self.columns, torch.float32
+        )
+        return weight if self.order is None else weight.index_select(1, torch.argsort(self.order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = torch.index_select(x, -1, self.order)
+        return torch.ops.accelc.quantized_linear(  # type: ignore[no-any-return]
+            x, self.codes, self.scales, self.zeros, self.bias, self.scheme.bits, self.rows
+        )
+
+
+class QuantizedEmbedding(QuantizedModule):
+    """A look-up of ids [...] -> [..., K] in ``dtype`` by `accelc::quantized_embedding`."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight)
+        self.num_embeddings, self.embedding_dim = weight.rows, weight.columns
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The table [N, K], dequantized anew each time; for code that reads it."""
+        return torch.ops.accelc.dequantize(  # type: ignore[no-any-return]
+            self.codes, self.scales, self.zeros, self.scheme.bits, self.rows, self.columns, self.dtype
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.ops.accelc.quantized_embedding(  # type: ignore[no-any-return]
+            ids, self.codes, self.scales, self.zeros, self.scheme.bits, self.columns, self.dtype
+        )
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
