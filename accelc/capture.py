@@ -29,6 +29,7 @@ from accelc.capture_failure import (
     size_error,
     source_of,
 )
+from accelc.checkpoints import load_checkpoint, quantization_of
 from accelc.ir.compat import mask_hint_unasked
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
 from accelc.ir.program import Program, graph_module, store
@@ -102,9 +103,10 @@ def _check_captured(program: Program, example: Tensor, logits: Tensor) -> None:
 
 
 def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """A transformers causal LM from a local directory with config.json and safetensors weights.
+    """A transformers causal LM from a local directory with config.json and safetensors weights, which may be quantized
+    (`accelc.checkpoints`).
 
-    Raises InputError when the directory or its files are missing; never touches the network.
+    Raises InputError when the directory or its files are missing or damaged; never touches the network.
     """
     path = Path(source)
     if not (path / "config.json").is_file():
@@ -112,6 +114,8 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Mo
             f"no config.json in {path}" if path.is_dir() else f"no such directory: {path} (looking for its config.json)"
         )
         raise InputError(what, remedy="Give a directory written by save_pretrained.")
+    if quantization_of(path) is not None:
+        return load_checkpoint(path, dtype=dtype)
     from transformers import AutoModelForCausalLM
 
     try:

@@ -1,0 +1,93 @@
+"""From a directory with quantized weights to a model that computes with them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from accelc.checkpoints.files import TensorFiles
+from accelc.checkpoints.formats import format_of, quantization_of
+from accelc.checkpoints.layers import assign, fitted, put, quantized
+from accelc.checkpoints.plan import Plan, make_plan
+from accelc.checkpoints.skeleton import skeleton
+from accelc.ir.errors import CheckpointError, CheckpointFormatError
+from accelc.quantized_linear import QuantizedModule
+
+log = logging.getLogger(__name__)
+
+
+def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """The transformers causal LM of a directory with quantized weights, its quantized linears as `QuantizedLinear`.
+
+    Read are the methods of `accelc.checkpoints.formats.METHODS`. Codes, scales and zeros stay as they are: nothing is
+    dequantized or rounded, and one matrix is worked on at a time. `dtype` is that of the parts that are not quantized,
+    default: the configuration's.
+
+    Raises CheckpointError, with every tensor that does not fit, before any is read; CheckpointFormatError.
+    """
+    path = Path(source)
+    settings = quantization_of(path)
+    if settings is None:
+        raise CheckpointFormatError(f"the model in {path} is not quantized", remedy="Use load_quantized for it.")
+    files = TensorFiles.of(path)
+    form = format_of(settings, files)
+    model = skeleton(path, dtype)
+    plan = make_plan(model, files, form)
+    for path_in_model, name in plan.quantized.items():
+        module = model.get_submodule(path_in_model)
+        rows, columns = _shape(module)
+        lasts = [last for last in form.expected(name, rows, columns) if f"{name}.{last}" in files.entries]
+        tensors = {last: files.read(f"{name}.{last}") for last in lasts}
+        bias = tensors.pop("bias", None)
+        weight, order = form.matrix(name, tensors, rows, columns)
+        bias = None if bias is None else fitted(bias, module.weight)  # type: ignore[arg-type]
+        put(model, path_in_model, quantized(module, weight, bias, order))
+    load_rest(model, files, plan)
+    log.info("%d linears of %s are quantized", len(plan.quantized), path)
+    return model
+
+
+def load_rest(model: nn.Module, files: TensorFiles, plan: Plan) -> None:
+    """Read what is not quantized, and tie what is tied: a partner of a quantized module shares its codes."""
+    state = dict(model.state_dict())
+    for target, name in plan.plain.items():
+        assign(model, target, fitted(files.read(name), state[target]))
+    for merge in plan.merges.values():
+        for target, value in merge.make(model, files.read).items():
+            if target not in state or value.shape != state[target].shape:
+                expected = list(state[target].shape) if target in state else "no such tensor"
+                raise CheckpointError(
+                    f"{target}, made of {len(merge.sources)} tensors from {merge.sources[0][1]} on, has the shape "
+                    f"{list(value.shape)}, expected {expected}"
+                )
+            assign(model, target, fitted(value, state[target]))
+    for target, source in plan.tied.items():
+        path, owner = target.rpartition(".")[0], model.get_submodule(source.rpartition(".")[0])
+        if isinstance(owner, QuantizedModule):
+            share(model, path, owner)
+        else:
+            assign(model, target, owner.get_parameter(source.rpartition(".")[2]))
+    left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
+    if left:
+        raise CheckpointError(f"nothing gives the values of {left[0]}", remedy="Load the float model instead.")
+
+
+def share(model: nn.Module, path: str, owner: QuantizedModule) -> None:
+    """Let the module at `path` read the quantized weight of `owner`, to which it is tied."""
+    module = model.get_submodule(path)
+    if _shape(module) != (owner.rows, owner.columns):
+        raise CheckpointError(f"{path} is tied to a quantized weight [{owner.rows}, {owner.columns}] of another shape")
+    bias = getattr(module, "bias", None)
+    put(model, path, quantized(module, owner.weight_value(), bias, getattr(owner, "order", None)))
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    from accelc.checkpoints.layers import matrix_shape
+
+    shape = matrix_shape(module)
+    if shape is None:
+        raise CheckpointError(f"a {type(module).__name__} cannot read a quantized weight")
+    return shape

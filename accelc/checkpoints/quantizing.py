@@ -1,0 +1,116 @@
+"""Quantizing a float model while it is loaded: no more of it is in memory at a time than one matrix."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from accelc.checkpoints.files import TensorFiles
+from accelc.checkpoints.formats import quantization_of
+from accelc.checkpoints.layers import as_matrix, fitted, is_linear, matrix_shape, put, quantized
+from accelc.checkpoints.loading import load_rest, share
+from accelc.checkpoints.plan import Plan, make_plan
+from accelc.checkpoints.skeleton import skeleton
+from accelc.ir.errors import CheckpointError, CheckpointFormatError, OptionValueError
+from accelc.ir.quantized import Scheme
+from accelc.passes.quantize_weights import METHODS
+from accelc.quantized_linear import QuantizedModule
+
+log = logging.getLogger(__name__)
+
+
+def load_quantized(
+    source: str | Path,
+    scheme: str = "int4",
+    *,
+    head: str = "int8",
+    method: str = "rtn",
+    include: str = "*",
+    exclude: str = "",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The transformers causal LM of a directory with float safetensors weights, its linears quantized as they are read.
+
+    The options mean what they do in `accelc.passes.quantize_weights.QuantizeWeights`: ``scheme`` of all linears but
+    the head's, ``head`` ("" as the others, "none" leaves it), ``method``, and ``include`` and ``exclude``, patterns of
+    weight names separated by commas. An embedding tied to the head reads its codes, unless it does more than look up.
+    `dtype` is that of the parts that are not quantized, default: the configuration's.
+
+    Raises CheckpointError, CheckpointFormatError (it is quantized already), OptionValueError, InputError (scheme).
+    """
+    path = Path(source)
+    if quantization_of(path) is not None:
+        raise CheckpointFormatError(f"the model in {path} is quantized already", remedy="Load it as it is.")
+    if method not in METHODS:
+        raise OptionValueError(f"unknown method {method!r}", remedy=f"Use one of: {', '.join(METHODS)}.")
+    schemes = {"body": Scheme.parse(scheme), "head": None if head == "none" else Scheme.parse(head or scheme)}
+    files = TensorFiles.of(path)
+    model = skeleton(path, dtype)
+    plan = make_plan(model, files, None)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = _linears(model, plan)
+    for target in _chosen(list(linears), include, exclude):
+        module_path, tensor = linears[target]
+        module = model.get_submodule(module_path)
+        chosen = schemes["head" if module is output else "body"]
+        if chosen is None:
+            continue
+        weight = as_matrix(module, files.read(tensor))
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"the weight {tensor} holds NaN or infinite values", remedy="Repair the checkpoint.")
+        bias_name = plan.plain.pop(f"{module_path}.bias", None)
+        bias = None if bias_name is None else fitted(files.read(bias_name), module.bias)  # type: ignore[arg-type]
+        made = quantized(module, METHODS[method](weight, chosen), bias)
+        put(model, module_path, made)
+        _settle(model, plan, target, made)
+    load_rest(model, files, plan)
+    return model
+
+
+def _linears(model: nn.Module, plan: Plan) -> dict[str, tuple[str, str]]:
+    """Linears whose weight is one tensor of the files, by the weight's name: their path, and that tensor."""
+    found = {}
+    for path, module in model.named_modules():
+        target = f"{path}.weight"
+        tensor = plan.plain.get(target) or plan.plain.get(plan.tied.get(target, ""))
+        if is_linear(module) and tensor is not None:
+            found[target] = (path, tensor)
+    return found
+
+
+def _chosen(names: list[str], include: str, exclude: str) -> list[str]:
+    """The names that a pattern of `include` matches and none of `exclude`. Raises OptionValueError."""
+    matched: list[set[str]] = []
+    for patterns in (include, exclude):
+        matched.append(set())
+        for pattern in (p.strip() for p in patterns.split(",") if p.strip()):
+            found = fnmatch.filter(names, pattern)
+            if not found:
+                raise OptionValueError(
+                    f"the pattern {pattern!r} matches no weight of a linear",
+                    remedy=f"Names are, for example: {', '.join(names[:4])}.",
+                )
+            matched[-1] |= set(found)
+    return [name for name in names if name in matched[0] - matched[1]]
+
+
+def _settle(model: nn.Module, plan: Plan, target: str, made: QuantizedModule) -> None:
+    """Take the weight of a quantized module out of the plan; what is tied to it shares it, or is read for itself."""
+    source = plan.tied.pop(target, target)
+    group = [source, *(name for name, of in plan.tied.items() if of == source)]
+    tensor = plan.plain[source]
+    for name in group:
+        if name == target:
+            plan.plain.pop(name, None)
+            continue
+        plan.tied.pop(name, None)
+        path = name.rpartition(".")[0]
+        if matrix_shape(model.get_submodule(path)) is not None:
+            plan.plain.pop(name, None)
+            share(model, path, made)
+        else:
+            plan.plain[name] = tensor

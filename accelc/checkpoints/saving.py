@@ -1,0 +1,94 @@
+"""Writing a model with quantized modules to a directory that loads as the same bytes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from accelc.checkpoints.accelc import Accelc
+from accelc.checkpoints.files import INDEX
+from accelc.ir.errors import CheckpointError
+from accelc.quantized_linear import QuantizedModule
+
+SHARD = 4 << 30
+"""Bytes of a file."""
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def save_quantized(
+    model: nn.Module, directory: str | Path, *, source: str | Path | None = None, shard: int = SHARD
+) -> None:
+    """Write a transformers `model` with quantized modules: config.json with a ``quantization_config`` of method
+    "accelc" (`accelc.checkpoints.accelc`), safetensors files of at most `shard` bytes, and the tokenizer files of
+    `source`, default: the directory that the model came from.
+
+    Files appear when all are written. Raises CheckpointError: no quantized module, no configuration, a directory that
+    holds weights already.
+    """
+    path = Path(directory)
+    config: Any = getattr(model, "config", None)
+    schemes = {name: m.scheme for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    if not schemes or not hasattr(config, "save_pretrained"):
+        lacking = "no quantized module" if hasattr(config, "save_pretrained") else "no transformers configuration"
+        raise CheckpointError(f"{type(model).__name__} has {lacking}", remedy="Save what load_quantized returns.")
+    if any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} holds weights already", remedy="Give a new directory.")
+    form = Accelc(schemes)
+    source = Path(source or getattr(config, "name_or_path", "") or path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as scratch:
+        _write(model, form, Path(scratch), shard)
+        for name in TOKENIZER:
+            if (source / name).is_file() and not (path / name).exists():
+                shutil.copyfile(source / name, Path(scratch, name))
+        for file in sorted(Path(scratch).iterdir(), key=lambda f: f.name == "config.json"):  # that one last
+            os.replace(file, path / file.name)
+
+
+def _write(model: nn.Module, form: Accelc, folder: Path, shard: int) -> None:
+    config: Any = copy.deepcopy(model.config)
+    config.quantization_config = form.settings()
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    shards = _shards(model, shard)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(names) > 1 else ["model.safetensors"]
+    for name, tensors in zip(names, shards, strict=True):
+        save_file({key: t.detach().contiguous() for key, t in tensors.items()}, folder / name, form.metadata())
+    if len(names) > 1:
+        where = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
+        index = {"metadata": {"total_size": sum(map(_bytes, shards))}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _shards(model: nn.Module, limit: int) -> list[dict[str, Tensor]]:
+    """The tensors of a model in groups of at most `limit` bytes, or of one; of those that share memory the first."""
+    shards: list[dict[str, Tensor]] = [{}]
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if place in seen and tensor.numel():
+            continue
+        seen.add(place)
+        if shards[-1] and _bytes(shards[-1]) + tensor.nbytes > limit:
+            shards.append({})
+        shards[-1][name] = tensor
+    return shards
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(t.nbytes for t in tensors.values())
