@@ -11,8 +11,8 @@ from accelc.codegen.instructions import Instruction, floats, rule, scratch
 
 SEGMENT = 128
 """Columns that share a step of the activations' fixed point, where groups of weights are longer."""
-PLANES = 2
-"""Bytes of an activation in fixed point."""
+ACTIVATION_BITS = 16
+"""Of an activation in fixed point."""
 
 
 @rule(torch.ops.accelc.quantized_linear.default)
@@ -28,6 +28,7 @@ def quantized_linear(
     group = padded // scales.size[1]
     segment = group if group <= 256 else SEGMENT
     count = -(-padded // segment)
-    memory = scratch(given.size[0] * (2 * count + PLANES * padded // 4))
+    # The kernel may keep 16 bits where 8 would do, and lays segments out at their full length.
+    memory = scratch(given.size[0] * count * (2 + segment // 2))
     arrays = (given, codes, scales, zeros, bias, into, memory)
-    return [Instruction("quantized_linear", arrays, (5, 6), (bits, group, segment, PLANES))]
+    return [Instruction("quantized_linear", arrays, (5, 6), (bits, group, segment, ACTIVATION_BITS))]
