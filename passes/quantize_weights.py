@@ -1,46 +1,50 @@
-"""QuantizeWeights: the weights of linears, and embeddings tied to them, in few bits."""
+"""QuantizeWeights: the weights of linears, stacks of experts, and embeddings tied to them, in few bits."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-import torch.fx as fx
 from torch import Tensor
 
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import InputError, OptionValueError
-from accelc.ir.program import fetch, store
+from accelc.ir.program import fetch
 from accelc.ir.quantized import QuantizedWeight, Scheme
 from accelc.passes.base import Pass, PassResult
-from accelc.passes.quantize.half_quadratic import half_quadratic
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.passes.quantize.calibration import Calibration, run_calibrated
+from accelc.passes.quantize.granularity import BASE, Option, bits_of, candidates, choose_groups, relative_error
+from accelc.passes.quantize.methods import CALIBRATED, METHODS, calibrated
+from accelc.passes.quantize.norm_scaling import scale_norms
+from accelc.passes.quantize.products import Matrix, find_matrices, head_of
+from accelc.passes.quantize.rewrite import rewrite
 from accelc.passes.registry import register_pass
 
-aten = torch.ops.aten
-ops = torch.ops.accelc
-
-METHODS: dict[str, Callable[[Tensor, Scheme], QuantizedWeight]] = {
-    "rtn": round_to_nearest,
-    "hqq": half_quadratic,
-}
-"""What needs no data: rounding with a search of the range, and half-quadratic quantization."""
+NONE = "none"
+AUTO = ":auto"
 
 
 @register_pass
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Replace the weights of linears by codes of few bits (`accelc.ir.quantized`), which `accelc::quantized_linear`
-    reads; the float weights are not referenced any more.
+    """Replace weights by codes of few bits (`accelc.ir.quantized`), which `accelc::quantized_linear` and its kin read;
+    the float weights are not referenced any more.
 
-    * ``scheme``: of all weights but the head's, for example "int4:g64" (see `Scheme.parse`).
+    * ``scheme``: of all weights but the head's, such as "int4:g64" (see `Scheme.parse`); "int4:auto" chooses the group
+      of each matrix from its weights, at the bits of a group of 128 (`passes/quantize/granularity.py`).
     * ``head``: scheme of the projection to the logits; "" takes ``scheme``, "none" leaves it. An embedding tied to it
       reads the same codes.
-    * ``method``: "rtn" or "hqq".
+    * ``embeddings``: scheme of tables that are only looked up.
+    * ``method``: "rtn" (round to nearest, ranges searched), "hqq" (half-quadratic), "gptq" and "awq"; the last two need
+      ``calibration``.
     * ``include``, ``exclude``: patterns (`fnmatch`) of weight names, separated by commas.
+    * ``overrides``: schemes for single weights: "pattern=scheme" separated by commas, the last match counts.
+    * ``consume``: free the memory of each float weight as soon as its codes are made. What else uses the weights, the
+      original module for one, does not work afterwards.
+
+    Routers of mixtures of experts stay floats: a choice that turns costs more than its bytes save.
 
     LOSSY: its loss is a rise of perplexity on text (`accelc eval`). Raises OptionValueError for unknown names and for
     patterns that match nothing, InputError for weights that are not finite; the program given is left as it was.
@@ -53,125 +57,163 @@ class QuantizeWeights(Pass):
 
     scheme: str = "int4"
     head: str = "int8"
+    embeddings: str = NONE
     method: str = "rtn"
     include: str = "*"
     exclude: str = ""
+    overrides: str = ""
+    calibration: Calibration | None = None
+    consume: bool = False
 
     def run(self, program: Program) -> PassResult:
-        if self.method not in METHODS:
-            raise OptionValueError(f"unknown method {self.method!r}", where=str(self),
-                                   remedy=f"Use one of: {', '.join(METHODS)}.")  # fmt: skip
+        self._check_options()
         program = program.clone()
-        linears = _linears(program)
-        chosen = self._choose(linears)
-        head = _head(program)
-        before = after = matches = 0
+        matrices = find_matrices(program)
+        head = head_of(program, matrices)
+        schemes = self._schemes(program, matrices, head)
+        for path in schemes:
+            if not bool(torch.isfinite(fetch(program.module, path)).all()):
+                raise InputError(f"the weight {path} holds NaN or infinite values", remedy="Repair the checkpoint.")
+        chosen = {path: matrix for path, matrix in matrices.items() if path in schemes}
         notes = []
-        for path, nodes in linears.items():
-            is_head = head in nodes
-            text = self.head or self.scheme if is_head else self.scheme
-            if path not in chosen or text == "none":
-                continue
-            weight = fetch(program.module, path).detach()
-            made = _quantize(weight, Scheme.parse(text), METHODS[self.method], path)
-            _replace(program, path, nodes, made)
-            matches += len(nodes)
+        if self.method == "awq":
+            notes.append(scale_norms(program, chosen, schemes, self._text()))
+        shared = _shared_storages(program, chosen)
+        before = after = matches = 0
+        for path, made in self._make(program, chosen, schemes):
+            weight = fetch(program.module, path)
+            matches += rewrite(program, matrices[path], made)
             before += weight.numel() * weight.element_size()
             after += made.nbytes
-            if is_head:
-                notes.append(f"head {path}: {made.scheme}")
+            if self.consume and path not in shared:
+                _free(weight)
         program.graph.eliminate_dead_code()
         program.module.recompile()
-        notes.insert(0, f"{matches} linears in {self.scheme} by {self.method}, {before} bytes to {after}")
-        return PassResult(program.clone(), matches, tuple(notes))
+        return PassResult(program.clone(), matches, (*self._notes(matrices, schemes, head, before, after), *notes))
 
-    def _choose(self, linears: dict[str, list[fx.Node]]) -> set[str]:
-        chosen = set(linears)
+    def _check_options(self) -> None:
+        if self.method not in METHODS and self.method not in CALIBRATED:
+            raise OptionValueError(
+                f"unknown method {self.method!r}",
+                where=str(self),
+                remedy=f"Use one of: {', '.join([*METHODS, *CALIBRATED])}.",
+            )
+        if self.method in CALIBRATED:
+            self._text()
+
+    def _text(self) -> Calibration:
+        if self.calibration is None:
+            raise OptionValueError(
+                f"the method {self.method!r} needs calibration text",
+                where=str(self),
+                remedy="Give calibration=Calibration.of_text(ids), or take 'rtn' or 'hqq', which need no data.",
+            )
+        return self.calibration
+
+    # -- which weight in which scheme ----------------------------------------------------------------------------------
+
+    def _schemes(self, program: Program, matrices: dict[str, Matrix], head: str | None) -> dict[str, Scheme]:
+        texts = {path: self._text_of(matrix, path == head) for path, matrix in matrices.items()}
+        for pattern, text in self._overrides():
+            for path in self._matching(pattern, matrices):
+                texts[path] = text
+        kept = self._kept(matrices)
+        texts = {path: text for path, text in texts.items() if path in kept and text != NONE}
+        automatic = [path for path, text in texts.items() if text.endswith(AUTO)]
+        schemes = {path: Scheme.parse(text.removesuffix(AUTO)) for path, text in texts.items()}
+        if automatic:
+            schemes |= _automatic(program, {p: matrices[p] for p in automatic}, {p: schemes[p] for p in automatic})
+        return {path: schemes[path] for path in texts}
+
+    def _text_of(self, matrix: Matrix, is_head: bool) -> str:
+        if matrix.router:
+            return NONE
+        if not matrix.products:
+            return self.embeddings
+        return (self.head or self.scheme) if is_head else self.scheme
+
+    def _overrides(self) -> Iterator[tuple[str, str]]:
+        for entry in filter(None, (part.strip() for part in self.overrides.split(","))):
+            pattern, found, text = entry.partition("=")
+            if not found:
+                raise OptionValueError(
+                    f"the override {entry!r} has no scheme", where=str(self), remedy="Write pattern=scheme."
+                )
+            yield pattern.strip(), text.strip()
+
+    def _kept(self, matrices: dict[str, Matrix]) -> set[str]:
+        chosen = set(matrices)
         for patterns, keep in ((self.include, True), (self.exclude, False)):
             listed = [p.strip() for p in patterns.split(",") if p.strip()]
-            for pattern in listed:
-                if not fnmatch.filter(linears, pattern):
-                    raise OptionValueError(
-                        f"the pattern {pattern!r} matches no weight of a linear",
-                        where=str(self),
-                        remedy=f"Names are, for example: {', '.join(list(linears)[:4])}.",
-                    )
-            matched = {name for name in linears for pattern in listed if fnmatch.fnmatch(name, pattern)}
+            matched = {path for pattern in listed for path in self._matching(pattern, matrices)}
             chosen = chosen & matched if keep else chosen - matched
         return chosen
 
+    def _matching(self, pattern: str, matrices: dict[str, Matrix]) -> list[str]:
+        found = fnmatch.filter(matrices, pattern)
+        if not found and pattern != "*":
+            raise OptionValueError(
+                f"the pattern {pattern!r} matches no weight of a linear or embedding",
+                where=str(self),
+                remedy=f"Names are, for example: {', '.join(list(matrices)[:4])}.",
+            )
+        return found
 
-def _linears(program: Program) -> dict[str, list[fx.Node]]:
-    """Linears by the name of their weight [N, K], which no operation but linears and embeddings reads."""
-    found: dict[str, list[fx.Node]] = defaultdict(list)
-    refused = set()
-    for node in program.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        path = str(node.target)
-        for user in node.users:
-            if (
-                user.target is aten.linear.default
-                and user.args[1] is node
-                and node not in (user.args[0], *user.args[2:])
-            ):
-                found[path].append(user)
-            elif user.target is not aten.embedding.default or user.args[0] is not node:
-                refused.add(path)
-    return {
-        path: nodes
-        for path, nodes in found.items()
-        if path not in refused and fetch(program.module, path).dim() == 2
-        and fetch(program.module, path).is_floating_point()
-    }  # fmt: skip
+    # -- making the codes ----------------------------------------------------------------------------------------------
 
+    def _make(
+        self, program: Program, chosen: dict[str, Matrix], schemes: dict[str, Scheme]
+    ) -> Iterator[tuple[str, QuantizedWeight]]:
+        """The quantized weights, one at a time; those that need calibration all at once, after their run."""
+        done: dict[str, QuantizedWeight] = {}
+        if self.method == "gptq":
+            done = calibrated(program, chosen, schemes, self._text(), run_calibrated)
+        method = METHODS.get(self.method, METHODS["rtn"])
+        for path, matrix in chosen.items():
+            yield path, done.pop(path) if path in done else method(matrix.weight(program), schemes[path])
 
-def _head(program: Program) -> fx.Node | None:
-    """The linear that makes the logits, through whatever treats them element by element."""
-    node = program.output_node("logits") if "logits" in program.outputs else None
-    while node is not None and node.target is not aten.linear.default:
-        inputs = [n for n in node.all_input_nodes if n.op == "call_function"]
-        node = inputs[0] if len(inputs) == 1 else None
-    return node
-
-
-def _quantize(
-    weight: Tensor, scheme: Scheme, method: Callable[[Tensor, Scheme], QuantizedWeight], path: str
-) -> QuantizedWeight:
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(f"the weight {path} holds NaN or infinite values", remedy="Repair the checkpoint.")
-    return method(weight, scheme)
+    def _notes(
+        self, matrices: dict[str, Matrix], schemes: dict[str, Scheme], head: str | None, before: int, after: int
+    ) -> list[str]:
+        groups: dict[str, int] = {}
+        for path, scheme in schemes.items():
+            if path != head:
+                groups[str(scheme)] = groups.get(str(scheme), 0) + 1
+        listed = ", ".join(f"{count} in {scheme}" for scheme, count in groups.items())
+        notes = [f"{len(schemes)} weights by {self.method}, {before} bytes to {after}: {listed}"]
+        if head in schemes:
+            notes.append(f"head {head}: {schemes[head]}")
+        routers = [path for path, matrix in matrices.items() if matrix.router]
+        if routers:
+            notes.append(f"{len(routers)} routers stay floats, the first: {routers[0]}")
+        return notes
 
 
-def _replace(program: Program, path: str, nodes: list[fx.Node], made: QuantizedWeight) -> None:
-    """Let the linears, and the embeddings tied to them, read the codes."""
-    graph = program.graph
-    readers = [n for n in graph.nodes if n.op == "get_attr" and n.target == path]
-    tensors: list[fx.Node | None] = []
-    first = next(iter(graph.nodes))
-    for part, tensor in (("codes", made.codes), ("scales", made.scales), ("zeros", made.zeros)):
-        if tensor is None:
-            tensors.append(None)
-            continue
-        name = f"{path.removesuffix('.weight')}.quantized.{part}"
-        store(program.module, name, tensor)
-        with graph.inserting_before(first):
-            tensors.append(graph.get_attr(name))
-    bits = made.scheme.bits
-    for node in nodes:
-        bias = node.args[2] if len(node.args) > 2 else None
-        with graph.inserting_before(node):
-            new = graph.call_function(ops.quantized_linear.default, (node.args[0], *tensors, bias, bits, made.rows))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    for reader in readers:
-        for user in list(reader.users):  # embeddings
-            dtype = fetch(program.module, path).dtype
-            with graph.inserting_before(user):
-                new = graph.call_function(
-                    ops.quantized_embedding.default, (user.args[1], *tensors, bits, made.columns, dtype)
-                )
-            new.meta = dict(user.meta)
-            user.replace_all_uses_with(new)
-            graph.erase_node(user)
+def _automatic(program: Program, matrices: dict[str, Matrix], schemes: dict[str, Scheme]) -> dict[str, Scheme]:
+    """Groups chosen by the weights, at the bits of a group of 128 for all together."""
+    options: dict[str, list[Option]] = {}
+    base: dict[str, float] = {}
+    for path, matrix in matrices.items():
+        weight = matrix.weight(program)
+        shape = tuple(weight.shape)
+        base[path] = bits_of(replace(schemes[path], group=BASE), shape)
+        options[path] = [
+            Option(each, bits_of(each, shape), relative_error(weight, METHODS["rtn"](weight, each)))
+            for each in candidates(schemes[path])
+        ]
+    return choose_groups(options, base)
+
+
+def _shared_storages(program: Program, chosen: dict[str, Matrix]) -> set[str]:
+    """Those of the weights whose memory another tensor of the program reads too."""
+    owners: dict[int, list[str]] = {}
+    for path, tensor in program.tensors().items():
+        owners.setdefault(tensor.untyped_storage()._cdata, []).append(path)
+    return {path for paths in owners.values() if len(paths) > 1 for path in paths if path in chosen}
+
+
+def _free(weight: Tensor) -> None:
+    """Give the memory of a tensor back, whoever else holds the tensor."""
+    storage = weight.untyped_storage()
+    if storage.resizable():
+        storage.resize_(0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+
 import pytest
 import torch
 from families import FAMILIES
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from accelc.capture import capture
 from accelc.ir import Exactness, Program
@@ -12,11 +15,15 @@ from accelc.ir.errors import ExactnessError, InputError, OptionValueError
 from accelc.ir.quantized import Scheme
 from accelc.passes import Pipeline
 from accelc.passes.last_logits import LastLogits
+from accelc.passes.quantize.calibration import Calibration
+from accelc.passes.quantize.products import find_matrices
+from accelc.passes.quantize.rewrite import stem
 from accelc.passes.quantize.rounding import round_to_nearest
 from accelc.passes.quantize_weights import QuantizeWeights
 from accelc.pipeline import step_pipeline
 
 LINEAR = torch.ops.accelc.quantized_linear.default
+QUANTIZED = {LINEAR, torch.ops.accelc.quantized_grouped_linear.default}
 
 
 def derived(family: str) -> tuple[Program, torch.nn.Module]:
@@ -24,28 +31,42 @@ def derived(family: str) -> tuple[Program, torch.nn.Module]:
     return step_pipeline().run(capture(model, max_length=32)), model
 
 
-def logits(program: Program) -> torch.Tensor:
-    tokens = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
-    states = [s.allocate(2, 16) for s in program.states]
-    return program.run(tokens, torch.arange(7).expand(2, 7), torch.zeros(2, dtype=torch.int64), *states)[0]
+def logits(program: Program, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    if tokens is None:
+        tokens = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    batch, length = tokens.shape
+    states = [s.allocate(batch, length + 9) for s in program.states]
+    positions = torch.arange(length).expand(batch, length)
+    return program.run(tokens, positions, torch.zeros(batch, dtype=torch.int64), *states)[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2", "qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2", "gpt2", "mixtral", "gpt_oss", "llama4_text"])
 def test_the_program_computes_with_the_dequantized_weights(family: str) -> None:
     """The same as the float program of a model whose weights were rounded beforehand."""
     step, model = derived(family)
-    one = QuantizeWeights(scheme="int8:g32", head="int8")
-    made = Pipeline([one]).run(step)
+    made = Pipeline([QuantizeWeights(scheme="int8:g32", head="int8:g32")]).run(step)
     assert made.exactness is Exactness.LOSSY
-    calls = [n for n in made.graph.nodes if n.target is LINEAR]
+    calls = [n for n in made.graph.nodes if n.target in QUANTIZED]
     assert len(calls) == made.history[-1].matches > 4
-    parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), made.tensors()
+    floats = {name: t for name, t in made.tensors().items() if t.dim() > 1 and t.is_floating_point()}
+    assert not [n for n in floats if "proj" in n and "quantized" not in n and "bias" not in n], floats.keys()
+    stored, tensors = dict(model.named_parameters(remove_duplicate=False)), made.tensors()
     with torch.no_grad():
-        for name in {str(n.args[1].target).removesuffix(".quantized.codes") for n in calls}:
-            by_row = tensors[f"{name}.quantized.scales"].shape[-2] == 1
-            weight = parameters[f"{name}.weight"]
-            weight.copy_(round_to_nearest(weight, Scheme.parse("int8" if by_row else "int8:g32")).dequantize())
+        for path, matrix in find_matrices(step).items():
+            if f"{stem(path)}.codes" in tensors:
+                values = stored[path].transpose(-1, -2) if matrix.turned else stored[path]
+                values.copy_(round_to_nearest(values.clone(), Scheme.parse("int8:g32")).dequantize())
     torch.testing.assert_close(logits(made), logits(step), atol=2e-4, rtol=2e-4)  # `step` shares the model's weights
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_routers_stay_floats(family: str) -> None:
+    step, _ = derived(family)
+    made = Pipeline([QuantizeWeights()]).run(step)
+    assert any("routers stay floats" in note for note in made.history[-1].notes)
+    routers = [path for path, matrix in find_matrices(step).items() if matrix.router]
+    assert len(routers) == 2
+    assert set(routers) <= set(made.tensors())
 
 
 def test_tied_embeddings_read_the_codes_and_the_floats_are_gone() -> None:
@@ -75,9 +96,70 @@ def test_include_and_exclude_choose_by_name() -> None:
                for n in some.graph.nodes if n.target is LINEAR)  # fmt: skip
 
 
+def test_untied_embeddings_on_request_and_overrides_by_name() -> None:
+    step, _ = derived("llama")
+    made = Pipeline([QuantizeWeights(embeddings="int8", overrides="*k_proj*=int8:g64, *layers.1.*=none")]).run(step)
+    tensors = made.tensors()
+    assert "model.embed_tokens.quantized.codes" in tensors
+    words = {n: tensors[f"model.layers.0.self_attn.{n}_proj.quantized.codes"].shape[-2] for n in "qk"}
+    assert words["k"] == 64 // 4  # 64 columns of 8 bits
+    assert words["q"] == 128 // 8  # padded to a group of 128, of 4 bits
+    assert "model.layers.1.mlp.up_proj.weight" in tensors
+
+
+def test_groups_are_chosen_within_the_bits_of_128() -> None:
+    config = LlamaConfig(vocab_size=97, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, ::40] *= 30
+    step = step_pipeline().run(capture(model, max_length=32))
+    fixed = Pipeline([QuantizeWeights(scheme="int4:g128", head="none")]).run(step)
+    made = Pipeline([QuantizeWeights(scheme="int4:auto", head="none")]).run(step)
+    size = lambda p: sum(t.numel() * t.element_size() for n, t in p.tensors().items() if "quantized" in n)  # noqa: E731
+    assert size(made) <= size(fixed)
+    groups = lambda n: made.tensors()[f"model.layers.{n}.mlp.up_proj.quantized.scales"].shape[-2]  # noqa: E731
+    assert groups(0) > groups(1)
+
+
+def test_consuming_frees_the_floats_and_leaves_the_result_alone() -> None:
+    step, model = derived("llama")
+    expected = logits(Pipeline([QuantizeWeights()]).run(step))
+    made = Pipeline([QuantizeWeights(consume=True)]).run(step)
+    assert torch.equal(logits(made), expected)
+    assert model.model.layers[0].mlp.up_proj.weight.untyped_storage().nbytes() == 0
+    assert model.model.embed_tokens.weight.untyped_storage().nbytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "gptq"), ("llama", "awq"), ("gpt2", "gptq"), ("gpt2", "awq"), ("mixtral", "gptq")]
+)
+def test_calibrated_methods_lose_less_on_their_text(family: str, method: str) -> None:
+    """On inputs with a few strong columns, which is what these methods see and rounding does not."""
+    model = FAMILIES[family].build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_" in name:
+                parameter[::9] *= 8
+    step = step_pipeline().run(capture(model, max_length=32))
+    text = Calibration(torch.randint(3, 90, (8, 32), generator=torch.Generator().manual_seed(1)))
+    losses = {}
+    include = "*" if method == "gptq" else "*q_proj*,*k_proj*,*v_proj*,*gate_proj*,*up_proj*,*c_attn*,*c_fc*"
+    names = ",".join(p for p in include.split(",") if fnmatch.filter(step.tensors(), p))
+    for one in ("rtn", method):  # scales are folded into norms: what reads anything else gains nothing
+        options = {"scheme": "int4:g64", "head": "none", "include": names}
+        made = Pipeline([QuantizeWeights(method=one, calibration=text, **options)]).run(step)
+        losses[one] = float((logits(made, text.tokens) - logits(step, text.tokens)).square().mean())
+    assert losses[method] < 0.9 * losses["rtn"], losses
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
+        ({"method": "gptq"}, OptionValueError, "calibration"),
+        ({"overrides": "*q_proj*"}, OptionValueError, "pattern=scheme"),
+        ({"overrides": "*q_pro=int8"}, OptionValueError, "matches no weight"),
         ({"include": "*no_such*"}, OptionValueError, "matches no weight"),
         ({"scheme": "int5"}, InputError, "int4"),
         ({"method": "magic"}, OptionValueError, "hqq"),
