@@ -84,7 +84,14 @@ def test_code_that_reads_a_weight_gets_the_dequantized_one(tmp_path: Path) -> No
             return hidden @ self.model.lm_head.weight.T
 
     reference = FAMILIES["llama"].build()
-    packers.write(reference, tmp_path, GPTQ, partial(random_matrix, group=32, act_order=True), packers.gptq, skip="")
+
+    def pack(q: packers.Quantized) -> dict[str, torch.Tensor]:
+        return packers.packed(q, symmetric=False) | {"weight_g_idx": q.groups.to(torch.int32)}
+
+    weights = {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 32, "actorder": "group"}
+    group = {"targets": ["Linear"], "weights": weights}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    packers.write(reference, tmp_path, config, partial(random_matrix, group=32, act_order=True), pack, skip="")
     decoder = accelc.compile(Reads(load_checkpoint(tmp_path)), max_length=32, cache=False, eos=[])
     ids = torch.tensor([[5, 9, 2, 40]])
     assert decoder.generate(ids, max_new_tokens=NEW).tokens[0].tolist() == greedy(reference, ids)
