@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+from accelc.ir.errors import InputError
+
 
 @dataclass(frozen=True)
 class Options:
@@ -14,6 +16,10 @@ class Options:
     * ``march``: the instruction set to build kernels for; for tests.
     * ``gemm_rows``: linears with more rows than this go to torch's (oneDNN's) matrix product. Measured on a Zen 4 core
       with 2048 x 8192 weights, GB/s ours / torch: bf16 14 / 12 at 4 rows, 7 / 7 at 16, 4.2 / 4.8 at 32.
+    * ``activation_bits``: what products with weights of few bits keep of an activation, relative to the largest of its
+      segment of at most 256 columns: 16, more than bf16, or, with a loss, 8. Measured on a Zen 3 core with weights of
+      4 bits in its cache, 8 take 0.63 of the time of 16 at 8 rows; one row waits for the memory with both. With weights
+      of 8 bits AVX2 keeps 16 in any case, which costs it no more; byte products (VNNI) use 8 for both.
     * ``instances``: how many shapes to keep memory plans for.
     * ``huge_pages``: put huge pages under the weights, little by little after the first steps
       (`accelc.codegen.pages`). Of programs that share weights one is enough.
@@ -24,9 +30,14 @@ class Options:
     threads: int = 0
     march: str = "native"
     gemm_rows: int = 16
+    activation_bits: Literal[8, 16] = 16
     instances: int = 16
     huge_pages: bool = True
     fuse: int = 16
+
+    def __post_init__(self) -> None:
+        if self.activation_bits not in (8, 16):
+            raise InputError(f"activation_bits={self.activation_bits}", remedy="Activations keep 16 or 8 bits.")
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from accelc.codegen.arrays import Array
 from accelc.codegen.instructions import OPS, Instruction, Scratch, code
+from accelc.codegen.quantized import with_activations
 from accelc.codegen.schedule import Region, Schedule, lower, tensors_in
 from accelc.ir.compat import storage_key
 
@@ -104,8 +105,11 @@ def plan(
     order: Schedule,
     functions: Mapping[int, Callable[..., Any]],
     gemm_rows: int,
+    activation_bits: int = 16,
 ) -> Plan:
-    """Lower the schedule. `values`: of each node, at the plan's sizes; `functions`: what runs the regions, by id."""
+    """Lower the schedule. `values`: of each node, at the plan's sizes; `functions`: what runs the regions, by id;
+    `gemm_rows` and `activation_bits`: of the options.
+    """
     memo: dict[int, Array] = {}
 
     def array(value: torch.Tensor) -> Array:
@@ -139,7 +143,7 @@ def plan(
         if isinstance(out, torch.Tensor) and storage_key(out) in returned:
             roots.add(storage_key(out))
             fresh[storage_key(out)] = array(out)
-        steps += [_product(ins, gemm_rows) for ins in lowered]
+        steps += [_product(with_activations(ins, activation_bits), gemm_rows) for ins in lowered]
     steps, offsets, total = _place(steps, roots)
     stages, stream = _stages(steps, roots, offsets)
     return Plan(stages, stream, total, dict(roots.base_of), offsets, roots.count, inputs, outputs, fresh, constants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,8 +12,6 @@ from accelc.codegen.instructions import Instruction, floats, rule, scratch
 
 SEGMENT = 128
 """Columns that share a step of the activations' fixed point, where groups of weights are longer."""
-ACTIVATION_BITS = 16
-"""Of an activation in fixed point."""
 
 
 @rule(torch.ops.accelc.quantized_linear.default)
@@ -31,4 +30,9 @@ def quantized_linear(
     # The kernel may keep 16 bits where 8 would do, and lays segments out at their full length.
     memory = scratch(given.size[0] * count * (2 + segment // 2))
     arrays = (given, codes, scales, zeros, bias, into, memory)
-    return [Instruction("quantized_linear", arrays, (5, 6), (bits, group, segment, ACTIVATION_BITS))]
+    return [Instruction("quantized_linear", arrays, (5, 6), (bits, group, segment, 16))]
+
+
+def with_activations(ins: Instruction, bits: int) -> Instruction:
+    """`ins` with activations of so many bits, 16 or 8, if it multiplies them by codes."""
+    return replace(ins, ints=(*ins.ints[:3], bits)) if ins.op == "quantized_linear" else ins

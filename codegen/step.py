@@ -206,7 +206,7 @@ class CompiledStep:
             inductor |= set(region.nodes if compiled else ())
         self.report.add_seconds("regions", time.perf_counter() - started)
         started = time.perf_counter()
-        made = plan(graph, values, order, functions, self._options.gemm_rows)
+        made = plan(graph, values, order, functions, self._options.gemm_rows, self._options.activation_bits)
         constants = {
             storage_key(values[n]): _attribute(self._gm, str(n.target)) for n in graph.nodes if n.op == "get_attr"
         }

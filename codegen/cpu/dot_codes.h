@@ -4,14 +4,16 @@
 // kernel works on vectors of W rows, one a lane. `CodeDot<BITS, ACTIVATION>` says how activations of ACTIVATION bits lie, so that
 // the kernel multiplies words of them, broadcast to all lanes, by codes that were taken apart once for all rows of x:
 //
-//   RANGE     the largest magnitude of an activation
-//   WORDS     32-bit words of activations a line; `place` writes them
-//   LINES     lines that are taken together
-//   OPERANDS  vectors into which `split` takes them apart
-//   SUMS      vectors of sums that a product adds up; `total` joins them. Exact for 256 columns.
-//   ROWS      rows of x that a kernel takes at once, as registers allow
+//   RANGE  the largest magnitude of an activation
+//   WORDS  32-bit words of activations a line; `place` writes them
+//   LINES  lines that `add` takes together
+//   SUMS   vectors of sums that it adds products to; `total` joins them. Exact for 256 columns.
+//   ROWS   rows of x that a kernel takes at once, as registers allow
 #pragma once
 #include "vec.h"
+
+// Sums stay in registers only if the loops over them are gone before the compiler decides on that.
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace accelc {
 
@@ -44,29 +46,47 @@ inline vi dot2_add(vi acc, vi a, vi b) {
 #endif
 }
 
+// The compiler would otherwise move products ahead of sums, which takes more registers than AVX2 has (1.5 times the time).
+inline vi in_order(vi v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 inline vi load_words(const uint8_t* p) { vi v; std::memcpy(&v, p, sizeof(v)); return v; }
 inline vi broadcast(const int32_t* p) { int32_t v; std::memcpy(&v, p, sizeof(v)); return vi{} + v; }
 
 // 16 bits: codes as 16-bit numbers, times pairs of activations.
 template <int BITS> struct Pairs {
-  static constexpr int RANGE = 32767, COLUMNS = 32 / BITS, WORDS = COLUMNS / 2, LINES = 1, OPERANDS = WORDS, SUMS = 1, ROWS = 4;
+  static constexpr int RANGE = 32767, COLUMNS = 32 / BITS, WORDS = COLUMNS / 2, LINES = 1, SUMS = 1, ROWS = 4;
 
-  static void split(const uint8_t* p, vi* codes) {
-    vi v = load_words(p);
-    const vi mask = vi{} + (BITS == 4 ? 0x000f000f : 0x00ff00ff);
-    for (int j = 0; j < OPERANDS; j++) codes[j] = (v >> (BITS * j)) & mask;
-  }
-  static void place(const int32_t* x, int32_t* words) {  // the columns that `split` puts beside each other
+  static void place(const int32_t* x, int32_t* words) {  // the columns that `add` finds beside each other
     constexpr int FIRST[2][4] = {{0, 1}, {0, 4, 1, 5}};
     for (int j = 0; j < WORDS; j++) {
       int k = FIRST[BITS == 4][j];
       words[j] = int32_t(uint32_t(uint16_t(x[k])) | uint32_t(uint16_t(x[k + 2])) << 16);
     }
   }
-  template <int N> static void add(vi (*acc)[SUMS], const vi (*codes)[OPERANDS], const int32_t* x) {
+  template <int M, int N> static void add(vi (*acc)[N][SUMS], const uint8_t* const* at, const int32_t* x) {
+    typedef uint16_t pairs __attribute__((vector_size(W * 4)));
+    pairs line[N];
+    UNROLL
+    for (int n = 0; n < N; n++) line[n] = bits_as<pairs>(load_words(at[n]));
+    UNROLL
     for (int j = 0; j < WORDS; j++) {
-      vi a = broadcast(x + j);
-      for (int n = 0; n < N; n++) acc[n][0] = dot2_add(acc[n][0], codes[n][j], a);
+      vi codes[N];
+      UNROLL
+      for (int n = 0; n < N; n++) {
+        pairs v = line[n] >> (BITS * j);
+        codes[n] = (vi)(j < WORDS - 1 ? v & uint16_t((1 << BITS) - 1) : v);
+      }
+      UNROLL
+      for (int i = 0; i < M; i++) {
+        vi a = broadcast(x + i * WORDS + j);
+        UNROLL
+        for (int n = 0; n < N; n++) acc[i][n][0] = in_order(dot2_add(acc[i][n][0], codes[n], a));
+      }
     }
   }
   static vf total(const vi* acc) { return __builtin_convertvector(acc[0], vf); }
@@ -77,14 +97,9 @@ template <int BITS, int ACTIVATION> struct CodeDot : Pairs<BITS> {};
 #if defined(ACCELC_DOT4)
 // Four unsigned codes by four signed bytes at once; 16 bits are two such bytes, which are summed apart.
 template <int BITS, int PLANES> struct Bytes {
-  static constexpr int RANGE = PLANES == 2 ? 32512 : 127, COLUMNS = 32 / BITS, OPERANDS = COLUMNS / 4, WORDS = PLANES * OPERANDS,
+  static constexpr int RANGE = PLANES == 2 ? 32512 : 127, COLUMNS = 32 / BITS, PARTS = COLUMNS / 4, WORDS = PLANES * PARTS,
                        LINES = 1, SUMS = PLANES, ROWS = PLANES == 2 ? 4 : 8;
 
-  static void split(const uint8_t* p, vi* codes) {
-    vi v = load_words(p);
-    codes[0] = BITS == 4 ? v & 0x0f0f0f0f : v;
-    if (BITS == 4) codes[1] = (v >> 4) & 0x0f0f0f0f;
-  }
   static void place(const int32_t* x, int32_t* words) {
     int8_t bytes[PLANES][COLUMNS];
     for (int k = 0; k < COLUMNS; k++) {
@@ -94,12 +109,24 @@ template <int BITS, int PLANES> struct Bytes {
     }
     std::memcpy(words, bytes, sizeof(bytes));
   }
-  template <int N> static void add(vi (*acc)[SUMS], const vi (*codes)[OPERANDS], const int32_t* x) {
-    for (int q = 0; q < PLANES; q++)
-      for (int j = 0; j < OPERANDS; j++) {
-        vi a = broadcast(x + q * OPERANDS + j);
-        for (int n = 0; n < N; n++) acc[n][q] = dot4_add(acc[n][q], codes[n][j], a);
-      }
+  template <int M, int N> static void add(vi (*acc)[N][SUMS], const uint8_t* const* at, const int32_t* x) {
+    vi codes[PARTS][N];
+    UNROLL
+    for (int n = 0; n < N; n++) {
+      vi v = load_words(at[n]);
+      codes[0][n] = BITS == 4 ? v & 0x0f0f0f0f : v;
+      if (BITS == 4) codes[PARTS - 1][n] = (v >> 4) & 0x0f0f0f0f;
+    }
+    UNROLL
+    for (int i = 0; i < M; i++)
+      UNROLL
+      for (int q = 0; q < PLANES; q++)
+        UNROLL
+        for (int j = 0; j < PARTS; j++) {
+          vi a = broadcast(x + i * WORDS + q * PARTS + j);
+          UNROLL
+          for (int n = 0; n < N; n++) acc[i][n][q] = dot4_add(acc[i][n][q], codes[j][n], a);
+        }
   }
   static vf total(const vi* acc) {
     vf t = __builtin_convertvector(acc[0], vf);
@@ -115,27 +142,32 @@ template <int BITS> struct CodeDot<BITS, 16> : Bytes<BITS, 2> {};
 // Codes of 4 bits by signed bytes: eight times two products fit into 16 bits, 8 * 2 * 15 * 127 < 2^15. (Those of 8-bit codes
 // do not, and taking them apart costs as much as 16-bit activations.)
 template <> struct CodeDot<4, 8> {
-  static constexpr int RANGE = 127, COLUMNS = 8, WORDS = 2, LINES = 4, OPERANDS = 8, SUMS = 1, ROWS = 4;
+  static constexpr int RANGE = 127, COLUMNS = 8, WORDS = 2, LINES = 4, SUMS = 1, ROWS = 4;
 
-  static void split(const uint8_t* p, vi* codes) {
-    for (int l = 0; l < LINES; l++) {
-      vi v = load_words(p + 64 * l);
-      codes[2 * l] = v & 0x0f0f0f0f;
-      codes[2 * l + 1] = (v >> 4) & 0x0f0f0f0f;
-    }
-  }
   static void place(const int32_t* x, int32_t* words) {
     int8_t bytes[COLUMNS];
     for (int k = 0; k < COLUMNS; k++) bytes[k] = int8_t(x[k]);
     std::memcpy(words, bytes, sizeof(bytes));
   }
-  template <int N> static void add(vi (*acc)[SUMS], const vi (*codes)[OPERANDS], const int32_t* x) {
-    for (int n = 0; n < N; n++) {
-      __m256i sum = _mm256_maddubs_epi16((__m256i)codes[n][0], (__m256i)broadcast(x));
-      for (int j = 1; j < OPERANDS; j++)
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)codes[n][j], (__m256i)broadcast(x + j)));
-      acc[n][0] = dot2_add(acc[n][0], (vi)sum, vi{} + 0x00010001);
+  template <int M, int N> static void add(vi (*acc)[N][SUMS], const uint8_t* const* at, const int32_t* x) {
+    vi sum[M][N] = {};
+    UNROLL
+    for (int j = 0; j < WORDS * LINES; j++) {
+      vi codes[N];
+      UNROLL
+      for (int n = 0; n < N; n++) codes[n] = (load_words(at[n] + j / 2 * 64) >> (j % 2 * 4)) & 0x0f0f0f0f;
+      UNROLL
+      for (int i = 0; i < M; i++) {
+        __m256i a = (__m256i)broadcast(x + i * LINES * WORDS + j);
+        UNROLL
+        for (int n = 0; n < N; n++)
+          sum[i][n] = in_order((vi)_mm256_add_epi16((__m256i)sum[i][n], _mm256_maddubs_epi16((__m256i)codes[n], a)));
+      }
     }
+    UNROLL
+    for (int i = 0; i < M; i++)
+      UNROLL
+      for (int n = 0; n < N; n++) acc[i][n][0] = in_order(dot2_add(acc[i][n][0], sum[i][n], vi{} + 0x00010001));
   }
   static vf total(const vi* acc) { return __builtin_convertvector(acc[0], vf); }
 };

@@ -10,18 +10,18 @@
 
 namespace accelc {
 
-// Rows of x in fixed point: of each segment, the words of all rows, so that they lie together in the cache, and of each row its
-// step (NaN where a value is not finite, so that it does not get lost) and the sum of its rounded values.
+// Rows of x in fixed point: the words that go with some lines of codes lie beside each other for all rows. Of each segment of a
+// row, its step (NaN where a value is not finite, so that it does not get lost) and the sum of its rounded values.
 struct Fixed {
   static constexpr int64_t LONGEST = 256;  // columns of a segment
-  int64_t k_size, k_padded, segment, segments, m_size, ld;  // ld: words of a row in a segment
-  int32_t* words;     // [segments][m][ld]
+  int64_t k_size, k_padded, segment, segments, m_size, room;  // room: words of a row in a segment
+  int32_t* words;     // [segments][lines][m][D::LINES * D::WORDS]
   float *step, *sum;  // [segments][m]
 
   static int64_t count(int64_t k_padded, int64_t segment) { return (k_padded + segment - 1) / segment; }
-  Fixed(float* memory, int64_t m_size, int64_t k_size, int64_t k_padded, int64_t segment, int64_t ld)
-      : k_size(k_size), k_padded(k_padded), segment(segment), segments(count(k_padded, segment)), m_size(m_size), ld(ld),
-        words((int32_t*)memory), step(memory + segments * m_size * ld), sum(step + segments * m_size) {}
+  Fixed(float* memory, int64_t m_size, int64_t k_size, int64_t k_padded, int64_t segment, int64_t room)
+      : k_size(k_size), k_padded(k_padded), segment(segment), segments(count(k_padded, segment)), m_size(m_size), room(room),
+        words((int32_t*)memory), step(memory + segments * m_size * room), sum(step + segments * m_size) {}
 
   int64_t columns(int64_t s) const { return std::min(segment, k_padded - s * segment); }
 
@@ -52,8 +52,10 @@ struct Fixed {
     }
     int32_t all = 0;
     for (int l = 0; l < W; l++) all += total[l];
-    int32_t* to = words + (s * m_size + m) * ld;
-    for (i = 0; i < columns; i += D::COLUMNS, to += D::WORDS) D::place(rounded + i, to);
+    constexpr int64_t WORDS = D::LINES * D::WORDS, COLUMNS = D::LINES * D::COLUMNS;
+    int32_t* to = words + s * m_size * room + m * WORDS;
+    for (i = 0; i < columns; i += COLUMNS, to += m_size * WORDS)
+      for (int l = 0; l < D::LINES; l++) D::place(rounded + i + l * D::COLUMNS, to + l * D::WORDS);
     step[s * m_size + m] = finite ? largest / D::RANGE : NAN;
     sum[s * m_size + m] = float(all);
   }
@@ -71,19 +73,24 @@ template <class D> struct Quantized {
   // out[M][N] += rows m .. m + M of x times `count` lines of codes, of segment s
   template <int M> void tile(const uint8_t* const* at, int64_t count, int64_t ahead, int64_t m, int64_t s, const vf* scale,
                              const vf* zero, vf* out) const {
-    const int32_t* row = x.words + (s * x.m_size + m) * x.ld;
+    constexpr int WORDS = D::LINES * D::WORDS;
+    const int32_t* words = x.words + s * x.m_size * x.room + m * WORDS;
     vi acc[M][N][D::SUMS] = {};
-    for (int64_t l = 0; l < count; l += D::LINES) {
-      vi part[N][D::OPERANDS];
+    for (int64_t l = 0; l < count; l += D::LINES, words += x.m_size * WORDS) {
+      const uint8_t* line[N];
+      UNROLL
       for (int n = 0; n < N; n++) {
+        line[n] = at[n] + l * 64;
         if (n * W % LANES == 0)
-          for (int p = 0; p < D::LINES; p++) __builtin_prefetch(at[n] + (l + p) * 64 + ahead, 0, 2);
-        D::split(at[n] + l * 64, part[n]);
+          UNROLL
+          for (int p = 0; p < D::LINES; p++) __builtin_prefetch(line[n] + p * 64 + ahead, 0, 2);
       }
-      for (int i = 0; i < M; i++) D::template add<N>(acc[i], part, row + i * x.ld + l * D::WORDS);
+      D::template add<M, N>(acc, line, words);
     }
     const float *step = x.step + s * x.m_size + m, *sum = x.sum + s * x.m_size + m;
+    UNROLL
     for (int i = 0; i < M; i++)
+      UNROLL
       for (int n = 0; n < N; n++)
         out[i * N + n] += (D::total(acc[i][n]) - zero[n] * sum[i]) * (scale[n] * step[i]);
   }
