@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Accelc:
     """``schemes`` by module."""
 
     schemes: dict[str, Scheme]
-    parts = ("codes", "scales", "zeros", "order")
+    parts: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "order")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Accelc:

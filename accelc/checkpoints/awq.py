@@ -10,7 +10,7 @@ Source: AutoAWQ, awq/modules/linear/gemm.py (`WQLinear_GEMM.from_linear`) and aw
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Awq:
     """``group``: columns that share a scale; -1: all."""
 
     group: int
-    parts = ("qweight", "qzeros", "scales")
+    parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Awq:

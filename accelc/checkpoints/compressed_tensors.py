@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,8 +63,8 @@ class Group:
         setting({"strategy": strategy}, "strategy", ("group", "channel", "tensor"))
         if strategy == "group" and not (isinstance(size, int) and size > 0):
             raise CheckpointFormatError(f"group_size is {size!r}", where="quantization_config")
-        size = {"group": size, "channel": -1, "tensor": 0}[strategy]
-        return cls(tuple(targets), form in PACKED, bits, size, bool(weights.get("symmetric", True)))
+        columns = {"channel": -1, "tensor": 0}.get(strategy, size or 0)
+        return cls(tuple(targets), form in PACKED, bits, columns, bool(weights.get("symmetric", True)))
 
     def names(self, module: str) -> bool:
         """Whether a target is the name of `module`, or a regular expression for it."""
@@ -79,7 +79,13 @@ class CompressedTensors:
     """``groups`` in the order of the configuration."""
 
     groups: tuple[Group, ...]
-    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+    parts: ClassVar[tuple[str, ...]] = (
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_g_idx",
+    )
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> CompressedTensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Expected:
 class Format(Protocol):
     """How quantized matrices lie in the tensors of a checkpoint."""
 
-    parts: tuple[str, ...]
+    parts: ClassVar[tuple[str, ...]]
     """Last names by which a module is known to be quantized."""
 
     def expected(self, module: str, rows: int, columns: int) -> dict[str, Expected]:

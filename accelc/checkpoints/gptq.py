@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Gptq:
     group: int
     offset: int
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    parts = ("qweight", "qzeros", "scales", "g_idx")
+    parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Gptq:

@@ -80,8 +80,13 @@ class _Planner:
         module = self.model.get_submodule(path) if weight in self.state and pattern is None else None
         shape = matrix_shape(module) if module is not None else None
         if module is None or shape is None:
-            why = "merges with others" if pattern is not None else "has as no linear"
-            self.problems.append(f"{prefix} is quantized, but the model {why if weight in self.state else 'lacks it'}")
+            if weight not in self.state:
+                why = "lacks it"
+            elif pattern is not None:
+                why = f"keeps it merged with others in {weight}, for which there is no quantized form"
+            else:
+                why = f"does more than multiply by it, in a {type(module).__name__}"
+            self.problems.append(f"{prefix} is quantized, but the model {why}")
             return
         expected = self.form.expected(prefix, *shape)
         for last, want in expected.items():

@@ -70,7 +70,8 @@ def test_models_of_quantized_modules_are_derived(family: str, tmp_path: Path) ->
         got.append(step.run(tokens[:, begin:end], positions, torch.full((2,), begin), *states)[0])
     with torch.no_grad():
         expected = reference(tokens).logits
-    torch.testing.assert_close(torch.cat(got, 1), expected, atol=2e-4, rtol=2e-4)
+    # The kernel for codes takes activations in fixed point; a wrong derivation is off by the size of the logits.
+    torch.testing.assert_close(torch.cat(got, 1), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_code_that_reads_a_weight_gets_the_dequantized_one(tmp_path: Path) -> None:

@@ -1,0 +1,181 @@
+"""Directories that are damaged, incomplete or of another kind: named errors, before anything is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from accelc.capture import load_model
+from accelc.checkpoints import load_checkpoint, load_quantized, quantization_of
+from accelc.checkpoints.files import TensorFiles
+from accelc.ir.errors import CheckpointError, CheckpointFormatError
+
+from . import packers
+from .packers import random_matrix
+
+Change = Callable[[dict[str, Tensor]], Any]
+PROJECTION = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    packers.write(FAMILIES["llama"].build(), tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 32},
+                  partial(random_matrix, group=32), packers.gptq)  # fmt: skip
+    return tmp_path
+
+
+def edit(directory: Path, change: Change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def settings(directory: Path, **changed: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"].update(changed)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t.pop(f"{PROJECTION}.qzeros"), r"up_proj\.qzeros is missing, expected int32 \[2, 16\]"),
+        (lambda t: t.pop(f"{PROJECTION}.qweight"), r"up_proj\.qweight is missing, expected int32 \[8, 128\]"),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith(PROJECTION)],
+         r"up_proj\.weight is missing, expected a tensor of shape \[128, 64\]"),
+        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight is missing, expected a tensor of shape \[64\]"),
+        (lambda t: t.update({f"{PROJECTION}.scales": torch.ones(3, 128, dtype=torch.float16)}),
+         r"up_proj\.scales is float16 \[3, 128\] in model\.safetensors, expected float16.* \[2, 128\]"),
+        (lambda t: t.update({f"{PROJECTION}.qweight": torch.ones(8, 128)}),
+         r"up_proj\.qweight is float32 \[8, 128\] in model\.safetensors, expected int32 \[8, 128\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(65)}),
+         r"model\.norm\.weight is float32 \[65\] in model\.safetensors, expected float32 \[64\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}),
+         r"model\.norm\.weight is int32 \[64\] .*expected float32 \[64\]"),
+        (lambda t: t.update({"model.layers.7.qweight": torch.ones(1)}), r"layers\.7 is quantized, but the model lacks"),
+        (lambda t: t.update({"model.extra": torch.ones(1)}), r"model\.extra .*is unexpected"),
+        (lambda t: t.update({f"{PROJECTION}.g_idx": torch.full((64,), 9, dtype=torch.int32)}),
+         r"up_proj\.g_idx names a group outside of the 2"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_named(
+    change: Callable[[dict[str, Tensor]], Any], text: str, directory: Path
+) -> None:
+    edit(directory, change)
+    with pytest.raises(CheckpointError, match=text):
+        load_model(directory)
+
+
+def test_quantized_experts_that_the_model_merges_are_named(tmp_path: Path) -> None:
+    packers.write(FAMILIES["mixtral"].build(), tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 32},
+                  partial(random_matrix, group=32), packers.gptq)  # fmt: skip
+    load_model(tmp_path)
+    expert = "model.layers.0.block_sparse_moe.experts.1.w1"
+    edit(tmp_path, lambda t: t.update({f"{expert}.qweight": torch.zeros(8, 128, dtype=torch.int32)}))
+    with pytest.raises(CheckpointError, match=rf"{expert} is quantized, .* merged with others in .*gate_up_proj"):
+        load_model(tmp_path)
+
+
+def test_all_problems_are_in_one_error(directory: Path) -> None:
+    edit(directory, lambda t: [t.pop(n) for n in list(t) if n.endswith("scales")])
+    with pytest.raises(CheckpointError, match=r"14 tensors do not fit the model:\n(.*\n){6}.*and 8 more"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"quant_method": "magic"}, r"quant_method is 'magic'[\s\S]*gptq, awq, compressed-tensors, accelc"),
+        ({"bits": 3}, r"bits is 3[\s\S]*Known: 4, 8"),
+        ({"group_size": "many"}, "group_size is 'many'"),
+        ({"checkpoint_format": "marlin"}, r"checkpoint_format is 'marlin'[\s\S]*gptq_v2"),
+        ({"quant_method": "awq", "version": "gemv"}, r"version is 'gemv'[\s\S]*gemm"),
+        ({"quant_method": "compressed-tensors"}, "config_groups"),
+        ({"quant_method": "accelc", "version": 9}, "version is 9"),
+    ],
+)
+def test_settings_that_are_not_known_list_the_choices(changed: dict[str, Any], text: str, directory: Path) -> None:
+    settings(directory, **changed)
+    with pytest.raises(CheckpointFormatError, match=text):
+        load_model(directory)
+
+
+def test_truncated_files(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    content = file.read_bytes()
+    for length in (len(content) - 1, len(content) // 2, 100, 3, 0):
+        file.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is missing, truncated or no safetensors file"):
+            load_model(directory)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="no safetensors files"):
+        load_model(directory)
+
+
+def test_indices_are_followed_and_not_trusted(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").rename(directory / "old.safetensors.bin")
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, listed in halves.items():
+        save_file({name: tensors[name].clone() for name in listed}, directory / file)
+    where = {name: file for file, listed in halves.items() for name in listed}
+    index = directory / "model.safetensors.index.json"
+
+    def write(**more: str) -> None:
+        index.write_text(json.dumps({"weight_map": where | more}))
+
+    write()
+    assert TensorFiles.of(directory).entries.keys() == tensors.keys()
+    load_model(directory)
+    write(**{"not.there": "a.safetensors"})
+    with pytest.raises(CheckpointError, match=r"promises the tensor not\.there"):
+        load_model(directory)
+    write(x="../a.safetensors")
+    with pytest.raises(CheckpointError, match="outside of its directory"):
+        load_model(directory)
+    write(x="c.safetensors")
+    with pytest.raises(CheckpointError, match=r"c\.safetensors is missing"):
+        load_model(directory)
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_model(directory)
+
+
+def test_settings_of_older_files_are_found(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    found = config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+    assert quantization_of(directory) is None
+    with pytest.raises(CheckpointError, match=r"unexpected|missing"):
+        load_quantized(directory)
+    (directory / "quant_config.json").write_text(json.dumps({"w_bit": 4, "q_group_size": 64}))
+    assert quantization_of(directory) == {"quant_method": "awq", "bits": 4, "group_size": 64}
+    found.pop("quant_method")
+    (directory / "quantize_config.json").write_text(json.dumps(found))
+    load_checkpoint(directory)
+
+
+def test_loading_what_is_or_is_not_quantized_the_other_way(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointFormatError, match="quantized already"):
+        load_quantized(directory)
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "float")
+    with pytest.raises(CheckpointFormatError, match="not quantized"):
+        load_checkpoint(tmp_path / "float")
+
+
+def test_no_model_can_be_made_of_the_configuration(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "no such"}))
+    with pytest.raises(CheckpointError, match=r"no model can be made of .*config\.json"):
+        load_model(directory)
