@@ -1,0 +1,416 @@
+"""Triton kernels of a product with weights in few bits; `accelc.codegen.gpu.quantized_gemm` launches them.
+
+Y^T = W X^T: a tile of W is unpacked in registers and is the first operand of the matrix instruction, which lies there
+already as the instruction wants it (`accelc.codegen.gpu.layout`); a tile of X passes through shared memory.
+
+A code q becomes a float without a conversion: its bits are put into the mantissa of a constant. In bf16, 128 + q for
+q < 16; in fp16, 1024 + q, or 64 + q for a code that lies four bits higher. What is too much is taken off in one of two
+ways (`MODE`):
+
+- "exact" subtracts it from each weight, one packed instruction for two of them;
+- "biased" leaves it in, and subtracts base * sum(x) from the sum of a group. The sums of x come from the matrix unit: a
+  second product whose first operand is all ones, in the very layout of the accumulators.
+
+8-bit codes do not fit into bf16's mantissa. Bits 0 to 6 become 128 + low, and bit 7 becomes -128 or -256 by the
+lowest bit of the exponent: the two add up to q - 128.
+
+Triton's library functions (`tl.zeros`, `tl.sigmoid`, ...) are themselves compiled functions, which keeps a program from
+being interpreted if triton was imported before; only built-in ones are used here.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_ONE_TO_TWO, _ONE_TO_FOUR = tl.constexpr("=r,=r,r"), tl.constexpr("=r,=r,=r,=r,r")
+_TWO_BF16, _FOUR_BF16 = tl.constexpr((tl.bfloat16,) * 2), tl.constexpr((tl.bfloat16,) * 4)
+_TWO_FP16, _FOUR_FP16 = tl.constexpr((tl.float16,) * 2), tl.constexpr((tl.float16,) * 4)
+
+# Two int16 elements, a register, to four registers of two bf16: 128 + code.
+_INT4_BF16 = tl.constexpr("""{
+.reg .b32 t;
+lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+shr.u32 t, $4, 4;
+lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xea;
+shr.u32 t, $4, 8;
+lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xea;
+shr.u32 t, $4, 12;
+lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xea;
+}""")
+# The same, then code - 8: times one minus 136, which sm_80 has and sm_90 does at the speed of an addition.
+_INT4_BF16_EXACT = tl.constexpr("""{
+.reg .b32 t, one, off;
+mov.b32 one, 0x3f803f80;
+mov.b32 off, 0xc308c308;
+lop3.b32 t, $4, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, t, one, off;
+shr.u32 t, $4, 4;
+lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $1, t, one, off;
+shr.u32 t, $4, 8;
+lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $2, t, one, off;
+shr.u32 t, $4, 12;
+lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 $3, t, one, off;
+}""")
+# To fp16: 1024 + code, 64 + code, 1024 + code, 64 + code.
+_INT4_FP16 = tl.constexpr("""{
+.reg .b32 t;
+lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
+lop3.b32 $1, $4, 0x00f000f0, 0x54005400, 0xea;
+shr.u32 t, $4, 8;
+lop3.b32 $2, t, 0x000f000f, 0x64006400, 0xea;
+lop3.b32 $3, t, 0x00f000f0, 0x54005400, 0xea;
+}""")
+_INT4_FP16_EXACT = tl.constexpr("""{
+.reg .b32 t, u, far, near;
+mov.b32 far, 0x64086408;
+mov.b32 near, 0x54805480;
+lop3.b32 t, $4, 0x000f000f, 0x64006400, 0xea;
+sub.rn.f16x2 $0, t, far;
+lop3.b32 t, $4, 0x00f000f0, 0x54005400, 0xea;
+sub.rn.f16x2 $1, t, near;
+shr.u32 u, $4, 8;
+lop3.b32 t, u, 0x000f000f, 0x64006400, 0xea;
+sub.rn.f16x2 $2, t, far;
+lop3.b32 t, u, 0x00f000f0, 0x54005400, 0xea;
+sub.rn.f16x2 $3, t, near;
+}""")
+# 8-bit codes to the two parts in bf16: 128 + low ($0, $1), and (not q & 0x80) | -128 ($2, $3).
+_INT8_BF16 = tl.constexpr("""{
+.reg .b32 t;
+shr.u32 t, $4, 8;
+lop3.b32 $0, $4, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 $1, t, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 $2, $4, 0x00800080, 0xc300c300, 0xae;
+lop3.b32 $3, t, 0x00800080, 0xc300c300, 0xae;
+}""")
+_INT8_BF16_EXACT = tl.constexpr("""{
+.reg .b32 t, u, v, one;
+mov.b32 one, 0x3f803f80;
+lop3.b32 u, $2, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 v, $2, 0x00800080, 0xc300c300, 0xae;
+fma.rn.bf16x2 $0, u, one, v;
+shr.u32 t, $2, 8;
+lop3.b32 u, t, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 v, t, 0x00800080, 0xc300c300, 0xae;
+fma.rn.bf16x2 $1, u, one, v;
+}""")
+# 8-bit codes to fp16: the bytes of 1024 + code.
+_INT8_FP16 = tl.constexpr("""{
+prmt.b32 $0, $2, 0x64646464, 0x4240;
+prmt.b32 $1, $2, 0x64646464, 0x4341;
+}""")
+_INT8_FP16_EXACT = tl.constexpr("""{
+.reg .b32 t, off;
+mov.b32 off, 0x64806480;
+prmt.b32 t, $2, 0x64646464, 0x4240;
+sub.rn.f16x2 $0, t, off;
+prmt.b32 t, $2, 0x64646464, 0x4341;
+sub.rn.f16x2 $1, t, off;
+}""")
+
+
+@triton.jit
+def _arrange4(e0, e1, e2, e3, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """The four codes of int16 elements [units, bands, elements] in their places: [ROWS, COLS]."""
+    w = tl.join(tl.join(e0, e1), tl.join(e2, e3))  # ..., row bit 3, column bit 3
+    w = tl.reshape(w, (COLS // WIDE, ROWS // 64, 4, 8, 4, WIDE // 16, 2, 2, 2))
+    return tl.reshape(tl.permute(w, (1, 2, 7, 3, 0, 5, 8, 4, 6)), (ROWS, COLS))
+
+
+@triton.jit
+def _arrange8(e0, e1, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """The two codes of int16 elements [units, bands, elements] in their places: [ROWS, COLS]."""
+    w = tl.reshape(tl.join(e0, e1), (COLS // WIDE, ROWS // 64, 4, 8, 4, WIDE // 16, 2, 2, 2))
+    return tl.reshape(tl.permute(w, (1, 2, 8, 3, 0, 5, 6, 4, 7)), (ROWS, COLS))
+
+
+@triton.jit
+def _mantissa(v, SHIFT: tl.constexpr, MASK: tl.constexpr, BASE: tl.constexpr, dtype: tl.constexpr):
+    """Some bits of uint16 elements in the mantissa of the float whose bits are BASE."""
+    return (((v >> SHIFT) & MASK) | BASE).to(tl.uint16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _less(e, amount):
+    """e - amount, in fp32: the interpreter has no arithmetic of bf16."""
+    return (e.to(tl.float32) - amount).to(e.dtype)
+
+
+@triton.jit
+def _unpack(
+    v, dtype: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Codes int16 [units, bands, elements] as floats [ROWS, COLS]: code - middle where EXACT, else base + code."""
+    if ASM:
+        if BITS == 4:
+            if dtype == tl.bfloat16:
+                text: tl.constexpr = _INT4_BF16_EXACT if EXACT else _INT4_BF16
+                e0, e1, e2, e3 = tl.inline_asm_elementwise(text, _ONE_TO_FOUR, [v], _FOUR_BF16, is_pure=True, pack=2)
+            else:
+                text: tl.constexpr = _INT4_FP16_EXACT if EXACT else _INT4_FP16
+                e0, e1, e2, e3 = tl.inline_asm_elementwise(text, _ONE_TO_FOUR, [v], _FOUR_FP16, is_pure=True, pack=2)
+            return _arrange4(e0, e1, e2, e3, ROWS, COLS, WIDE)
+        else:
+            if dtype == tl.bfloat16:
+                text: tl.constexpr = _INT8_BF16_EXACT
+                e0, e1 = tl.inline_asm_elementwise(text, _ONE_TO_TWO, [v], _TWO_BF16, is_pure=True, pack=2)
+            else:
+                text: tl.constexpr = _INT8_FP16_EXACT if EXACT else _INT8_FP16
+                e0, e1 = tl.inline_asm_elementwise(text, _ONE_TO_TWO, [v], _TWO_FP16, is_pure=True, pack=2)
+            return _arrange8(e0, e1, ROWS, COLS, WIDE)
+    else:
+        u = v.to(tl.uint16, bitcast=True)
+        if BITS == 4:
+            if dtype == tl.bfloat16:
+                e0 = _mantissa(u, 0, 0xF, 0x4300, dtype)
+                e1 = _mantissa(u, 4, 0xF, 0x4300, dtype)
+                e2 = _mantissa(u, 8, 0xF, 0x4300, dtype)
+                e3 = _mantissa(u, 12, 0xF, 0x4300, dtype)
+            else:
+                e0 = _mantissa(u, 0, 0xF, 0x6400, dtype)
+                e1 = _mantissa(u, 0, 0xF0, 0x5400, dtype)
+                e2 = _mantissa(u, 8, 0xF, 0x6400, dtype)
+                e3 = _mantissa(u, 8, 0xF0, 0x5400, dtype)
+            if EXACT:
+                near: tl.constexpr = 136.0 if dtype == tl.bfloat16 else 72.0
+                far: tl.constexpr = 136.0 if dtype == tl.bfloat16 else 1032.0
+                e0, e1 = _less(e0, far), _less(e1, near)
+                e2, e3 = _less(e2, far), _less(e3, near)
+            return _arrange4(e0, e1, e2, e3, ROWS, COLS, WIDE)
+        else:
+            if dtype == tl.bfloat16:
+                top0, top1 = _mantissa(u ^ 0x80, 0, 0x80, 0xC300, dtype), _mantissa(u ^ 0x8000, 8, 0x80, 0xC300, dtype)
+                e0 = _less(_mantissa(u, 0, 0x7F, 0x4300, dtype), -top0.to(tl.float32))
+                e1 = _less(_mantissa(u, 8, 0x7F, 0x4300, dtype), -top1.to(tl.float32))
+            else:
+                e0 = _mantissa(u, 0, 0xFF, 0x6400, dtype)
+                e1 = _mantissa(u, 8, 0xFF, 0x6400, dtype)
+                if EXACT:
+                    e0, e1 = _less(e0, 1152.0), _less(e1, 1152.0)
+            return _arrange8(e0, e1, ROWS, COLS, WIDE)
+
+
+@triton.jit
+def _unpack_parts(
+    v, ASM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """8-bit codes int16 [units, bands, elements] as two bf16 tiles [ROWS, COLS] that add up to code - 128."""
+    dtype: tl.constexpr = tl.bfloat16
+    if ASM:
+        low0, low1, top0, top1 = tl.inline_asm_elementwise(
+            _INT8_BF16, _ONE_TO_FOUR, [v], _FOUR_BF16, is_pure=True, pack=2
+        )
+    else:
+        u = v.to(tl.uint16, bitcast=True)
+        low0, low1 = _mantissa(u, 0, 0x7F, 0x4300, dtype), _mantissa(u, 8, 0x7F, 0x4300, dtype)
+        top0 = _mantissa(u ^ 0x80, 0, 0x80, 0xC300, dtype)
+        top1 = _mantissa(u ^ 0x8000, 8, 0x80, 0xC300, dtype)
+    return _arrange8(low0, low1, ROWS, COLS, WIDE), _arrange8(top0, top1, ROWS, COLS, WIDE)
+
+
+@triton.jit
+def _dot(w, x, acc, WIDEN: tl.constexpr):
+    """w x + acc; in fp32 where WIDEN, for the interpreter, which has no products of bf16."""
+    if WIDEN:
+        return tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(w, x, acc)
+
+
+@triton.jit
+def _lane_values(ptr, band, groups, group, BANDS: tl.constexpr, TURNS: tl.constexpr):
+    """Scales or zeros [BANDS, 64] of a group, as stored.
+
+    Where each warp holds rows of two bands (TURNS is 2) they are loaded one after the other: as one tensor they would be
+    spread over the lanes otherwise, and go through shared memory to those that want them.
+    """
+    lane = tl.arange(0, 64)[None, :]
+    if TURNS == 1:
+        return tl.load(ptr + (tl.reshape(band, (BANDS, 1)) * groups + group) * 64 + lane)
+    else:
+        HALF: tl.constexpr = BANDS // 2
+        first, second = tl.split(tl.permute(tl.reshape(band, (2, HALF)), (1, 0)))
+        both = tl.join(
+            tl.load(ptr + (first[:, None] * groups + group) * 64 + lane),
+            tl.load(ptr + (second[:, None] * groups + group) * 64 + lane),
+        )
+        return tl.reshape(tl.permute(both, (2, 0, 1)), (BANDS, 64))
+
+
+@triton.jit
+def _rows(tile, ROWS: tl.constexpr):
+    """Scales [bands, 64] as stored, rows r and r + 8 side by side, as fp32 [ROWS, 1]."""
+    tile = tl.reshape(tile, (ROWS // 64, 4, 8, 2))
+    return tl.reshape(tl.permute(tile, (0, 1, 3, 2)), (ROWS, 1)).to(tl.float32)
+
+
+@triton.jit
+def _repeat(sums, TURNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """[ROWS / TURNS, TOKENS] as [ROWS, TOKENS], TURNS times the same registers."""
+    sums = tl.reshape(sums, (1, ROWS // TURNS, TOKENS))
+    return tl.reshape(tl.broadcast_to(sums, (TURNS, ROWS // TURNS, TOKENS)), (ROWS, TOKENS))
+
+
+@triton.jit
+def _activate(y, ACTIVATION: tl.constexpr):
+    """The activation, in fp32."""
+    if ACTIVATION == "silu":
+        y = y / (1.0 + tl.exp(-y))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh(u)) = sigmoid(2 u)
+        y = y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
+    elif ACTIVATION == "relu":
+        y = tl.where(y < 0.0, 0.0, y)  # a NaN stays one
+    return y
+
+
+@triton.jit
+def _finish(y, m, n, M, N, out_ptr, bias_ptr, residual_ptr, residual_stride, ACTIVATION: tl.constexpr):
+    """Bias, activation and residual of sums y at rows m and columns n, which broadcast to y's shape; then store."""
+    keep = (m < M) & (n < N)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    y = _activate(y, ACTIVATION)
+    if residual_ptr is not None:
+        at = residual_ptr + m.to(tl.int64) * residual_stride + n
+        y += tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def quantized_gemm_kernel(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, out_ptr,
+    M, N, K, x_stride, residual_stride, bands, units, groups, steps, steps_per_split,
+    BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
+    WARPS: tl.constexpr, MODE: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, WGMMA: tl.constexpr,
+    WIDEN: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS outputs by TOKENS tokens, over a part of K.
+
+    x [M, K] with rows `x_stride` apart; codes, scales and zeros of a TiledWeight; bias [N]; residual [M, N]; out
+    [M, N], or fp32 partial sums [SPLIT, M, N] without epilogue where SPLIT > 1. The grid is (bands of ROWS, SPLIT,
+    blocks of TOKENS).
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    UNIT: tl.constexpr = 4 * WIDE * BITS  # int16 elements of a unit
+    BANDS: tl.constexpr = ROWS // 64
+    UNITS: tl.constexpr = STEP // WIDE
+    TURNS: tl.constexpr = ROWS // (16 * WARPS)  # how often all warps are needed, with 16 rows each, for a tile
+    TWO: tl.constexpr = MODE == "biased" and BITS == 8 and dtype == tl.bfloat16
+    BIASED: tl.constexpr = MODE == "biased" and not TWO
+    SUMS: tl.constexpr = BIASED or zeros_ptr is not None
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+
+    band = tl.program_id(0) * BANDS + tl.arange(0, BANDS)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    band = tl.minimum(band, bands - 1)  # rows beyond the last band repeat it and are not stored
+    begin = tl.program_id(1) * steps_per_split
+    end = tl.minimum(begin + steps_per_split, steps)
+
+    within = tl.arange(0, UNITS)[:, None, None] * UNIT + tl.arange(0, UNIT)[None, None, :]
+    code_at = codes_ptr + band.to(tl.int64)[None, :, None] * units * UNIT + within
+    k = tl.arange(0, STEP)
+    x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+
+    if dtype == tl.float16:
+        # The base of a code depends on row bit 3.
+        high = tl.reshape(tl.broadcast_to(tl.arange(0, 2)[None, :, None], (ROWS // 16, 2, 8)), (ROWS, 1))
+        base = tl.where(high == 1, 64.0, 1024.0) if BITS == 4 else tl.full((ROWS, 1), 1024.0, tl.float32)
+    else:
+        base = tl.full((ROWS, 1), 128.0, tl.float32)
+    # What a zero of the sums is in terms of what is summed: base + zero, or zero - middle.
+    excess = base if BIASED else tl.full((ROWS, 1), -MIDDLE, tl.float32)
+
+    acc = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    sums = tl.full((16 * WARPS, TOKENS), 0.0, tl.float32)  # of x, the same in each row
+    nothing = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    if ASM and WGMMA:
+        # Ones that the compiler does not see through (no element is loaded: M is positive) stay in shared memory. A
+        # constant would be moved into registers again for each instruction.
+        at = tl.arange(0, 16 * WARPS)[:, None] * STEP + k[None, :]
+        ones = tl.load(x_ptr + at, mask=at < -M, other=1.0)
+    else:
+        ones = tl.full((16 * WARPS, STEP), 1.0, dtype)
+    RATIO: tl.constexpr = 1 if GROUP == 0 else GROUP // STEP
+    # Scales are fetched ahead in registers: they are too narrow for copies to shared memory. The pipeliner takes loops
+    # only if what they carry is made in them, so that two steps ahead need an unrolled loop.
+    AHEAD: tl.constexpr = 1 if UNROLL == 1 else 2
+    if GROUP != 0:
+        last = groups - 1
+        s0 = _lane_values(scales_ptr, band, groups, tl.minimum(begin // RATIO, last), BANDS, TURNS)
+        s1 = _lane_values(scales_ptr, band, groups, tl.minimum((begin + AHEAD - 1) // RATIO, last), BANDS, TURNS)
+        if zeros_ptr is not None:
+            z0 = _lane_values(zeros_ptr, band, groups, tl.minimum(begin // RATIO, last), BANDS, TURNS)
+            z1 = _lane_values(zeros_ptr, band, groups, tl.minimum((begin + AHEAD - 1) // RATIO, last), BANDS, TURNS)
+    for step in tl.range(begin, end, num_stages=STAGES, loop_unroll_factor=None if UNROLL == 1 else UNROLL):
+        v = tl.load(code_at + step * (UNITS * UNIT))
+        if EVEN:
+            x = tl.load(x_at + step * STEP, mask=m[:, None] < M, other=0.0)
+        else:
+            x = tl.load(x_at + step * STEP, mask=(m[:, None] < M) & (k[None, :] < K - step * STEP), other=0.0)
+        if GROUP != 0:
+            s2 = _lane_values(scales_ptr, band, groups, tl.minimum((step + AHEAD) // RATIO, last), BANDS, TURNS)
+            if zeros_ptr is not None:
+                z2 = _lane_values(zeros_ptr, band, groups, tl.minimum((step + AHEAD) // RATIO, last), BANDS, TURNS)
+        xt = tl.trans(x)
+        start = acc if GROUP == 0 else nothing
+        if TWO:
+            low, top = _unpack_parts(v, ASM, ROWS, STEP, WIDE)
+            part = _dot(top, xt, _dot(low, xt, start, WIDEN), WIDEN)
+        else:
+            w = _unpack(v, dtype, BITS, MODE == "exact", ASM, ROWS, STEP, WIDE)
+            part = _dot(w, xt, start, WIDEN)
+        if SUMS:
+            sums = _dot(ones, xt, sums if GROUP == 0 else tl.full((16 * WARPS, TOKENS), 0.0, tl.float32), WIDEN)
+        if GROUP == 0:
+            acc = part
+        else:
+            if SUMS:
+                totals = _repeat(sums, TURNS, ROWS, TOKENS)
+                if zeros_ptr is None:
+                    part -= (excess + MIDDLE) * totals
+                else:
+                    part -= (excess + _rows(z0, ROWS)) * totals
+                    z0 = z1 if AHEAD == 2 else z2
+                    z1 = z2
+            acc += part * _rows(s0, ROWS)
+            s0 = s1 if AHEAD == 2 else s2
+            s1 = s2
+    if GROUP == 0:
+        if SUMS:
+            totals = _repeat(sums, TURNS, ROWS, TOKENS)
+            if zeros_ptr is None:
+                acc -= (excess + MIDDLE) * totals
+            else:
+                acc -= (excess + _rows(_lane_values(zeros_ptr, band, groups, 0, BANDS, TURNS), ROWS)) * totals
+        acc *= _rows(_lane_values(scales_ptr, band, groups, 0, BANDS, TURNS), ROWS)
+
+    if SPLIT == 1:
+        _finish(acc, m[None, :], n[:, None], M, N, out_ptr, bias_ptr, residual_ptr, residual_stride, ACTIVATION)
+    else:
+        at = (tl.program_id(1) * M + m[None, :]).to(tl.int64) * N + n[:, None]
+        tl.store(out_ptr + at, acc, mask=(m[None, :] < M) & (n[:, None] < N))
+
+
+@triton.jit
+def split_sum_kernel(
+    parts_ptr, bias_ptr, residual_ptr, out_ptr, M, N, residual_stride,
+    SPLIT: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Partial sums fp32 [SPLIT, M, N] added in the order of the splits, and the epilogue: out [M, N].
+
+    The grid is (N / COLUMNS rounded up, M).
+    """
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.program_id(1) + tl.arange(0, 1)
+    y = tl.full((COLUMNS,), 0.0, tl.float32)
+    for split in tl.static_range(SPLIT):
+        y += tl.load(parts_ptr + (tl.cast(split, tl.int64) * M + m) * N + n, mask=n < N, other=0.0)
+    _finish(y, m, n, M, N, out_ptr, bias_ptr, residual_ptr, residual_stride, ACTIVATION)

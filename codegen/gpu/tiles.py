@@ -1,0 +1,226 @@
+"""How a product with weights in few bits is cut into tiles, and what a cut costs by arithmetic. Imports no Triton."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+from accelc.ir.quantized import Scheme
+
+from .errors import KernelConfigError
+from .layout import BAND, STEP, TiledWeight, padded_columns
+
+Mode = Literal["exact", "biased"]
+TOKENS = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program computes ``rows`` outputs for ``tokens`` rows of x, over 1 / ``split`` of K.
+
+    ``warps`` of 32 threads; ``stages`` loop iterations are in flight; an iteration has ``unroll`` steps of one group or
+    128 columns; ``mode`` is how the base of the codes is taken off (`accelc.codegen.gpu.kernels`). Raises
+    KernelConfigError.
+    """
+
+    rows: int = 128
+    tokens: int = 16
+    warps: int = 4
+    stages: int = 3
+    unroll: int = 2
+    split: int = 1
+    mode: Mode = "exact"
+
+    def __post_init__(self) -> None:
+        turns = self.rows / (16 * self.warps)
+        if self.rows % BAND or turns not in (1, 2) or self.tokens not in TOKENS:
+            raise KernelConfigError(
+                f"no such tile: {self.rows} rows, {self.tokens} tokens, {self.warps} warps", where="tile",
+                remedy="rows is 16 or 32 times warps and a multiple of 64; tokens is 8, 16, 32 or 64.",
+            )  # fmt: skip
+        if min(self.stages, self.unroll, self.split) < 1 or self.mode not in ("exact", "biased"):
+            raise KernelConfigError(f"no such tile: {self}", where="tile")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows}x{self.tokens} warps {self.warps} stages {self.stages} unroll {self.unroll} "
+            f"split {self.split} {self.mode}"
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a tile depends on of a weight [``rows``, ``columns``]."""
+
+    scheme: Scheme
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, weight: TiledWeight) -> Weights:
+        return cls(weight.scheme, weight.rows, weight.columns)
+
+    @property
+    def padded(self) -> int:
+        """Columns with padding."""
+        return padded_columns(self.scheme, self.columns)
+
+    @property
+    def step(self) -> int:
+        """Columns of one matrix product: a group, or 128 of a longer one."""
+        return min(self.scheme.group or STEP, STEP)
+
+    @property
+    def steps(self) -> int:
+        """Steps along K."""
+        return self.padded // self.step
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
+        scheme = self.scheme
+        groups = self.padded // scheme.group if scheme.group else 1
+        each = scheme.scale_dtype.itemsize * (1 if scheme.symmetric else 2)
+        return -(-self.rows // BAND) * BAND * (self.padded * scheme.bits // 8 + groups * each)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the model knows of a GPU: ``bandwidth`` and ``cache_bandwidth`` (second-level cache) in bytes a second,
+    ``shared`` bytes and ``registers`` (of 32 bits) of each of its ``processors``. Peak figures of the makers; a measured
+    tile overrules them.
+    """
+
+    processors: int
+    bandwidth: float
+    cache_bandwidth: float
+    shared: int
+    registers: int = 65536
+    warps: int = 64
+    lanes: int = 32
+
+
+CHIPS = {
+    "sm_80": Chip(108, 1.94e12, 4.0e12, 163 * 1024),
+    "sm_90": Chip(132, 3.35e12, 5.5e12, 227 * 1024),
+    "sm_100": Chip(148, 8.0e12, 12e12, 227 * 1024),
+    "gfx942": Chip(304, 5.3e12, 10e12, 64 * 1024, 131072, 32, 64),
+}
+"""A100, H100, B200, MI300X."""
+LATENCY = 1.2e-6
+"""Seconds from a load's issue to its data while the memory is busy (an assumption; loads in flight cover it)."""
+START = 2.0e-6
+"""Seconds until a kernel streams, and after it does (an assumption)."""
+LAUNCH = 1.3e-6
+"""Seconds of one more kernel in a graph (docs of the project: a graph replay costs about 1.3 us a kernel)."""
+
+
+def chip_of(target: str) -> Chip:
+    """The chip of a target such as "sm_90": the nearest known one of its maker that is not newer."""
+    if target.startswith("sm_"):
+        known = [name for name in CHIPS if name.startswith("sm_") and int(name[3:]) <= int(target[3:])]
+        return CHIPS[max(known, key=lambda name: int(name[3:]), default="sm_80")]
+    return CHIPS["gfx942"]
+
+
+def tokens_of(count: int) -> int:
+    """Tokens of a tile for `count` rows of x: the next of 8, 16, 32, 64; more than 64 are taken 64 at a time."""
+    return next((tokens for tokens in TOKENS if tokens >= count), TOKENS[-1])
+
+
+def shared_bytes(tile: Tile, weight: Weights, target: str) -> int:
+    """Shared memory of a program."""
+    each = tile.rows * weight.step * weight.scheme.bits // 8 + tile.tokens * weight.step * 2
+    size = tile.stages * tile.unroll * each
+    if target.startswith("sm_9") and sums_x(tile, weight):
+        size += 16 * tile.warps * weight.step * 2  # the ones that x is multiplied by
+    if not target.startswith("sm_"):
+        size += tile.rows * weight.step * 2  # unpacked weights, on their way to AMD's order of registers
+    return size
+
+
+def sums_x(tile: Tile, weight: Weights) -> bool:
+    """Whether the kernel needs the sums of x."""
+    return not weight.scheme.symmetric or tile.mode == "biased"
+
+
+def repeats_unpacking(tile: Tile, target: str) -> bool:
+    """Whether Triton puts warps beside each other along the tokens, so that each weight is unpacked twice.
+
+    Without warp-group instructions it doubles the warps along whichever side of the tile has more to give.
+    """
+    if target.startswith(("sm_9", "sm_10")) or not target.startswith("sm_"):
+        return False
+    down = 1
+    while down < tile.warps:
+        if tile.rows // 16 // down < tile.tokens // 16:
+            return True
+        down *= 2
+    return False
+
+
+def registers(tile: Tile, weight: Weights, target: str) -> int:
+    """Registers of a thread, about: sums three or four times over, operands of the steps in flight, addresses."""
+    threads = tile.warps * chip_of(target).lanes
+    sums = (4 if sums_x(tile, weight) else 3) * tile.rows * tile.tokens / threads
+    operands = tile.rows * weight.step / 2 / threads * min(tile.unroll, 2) * 0.75
+    if not target.startswith(("sm_9", "sm_10")):
+        operands *= 1 + tile.tokens / 64  # x too passes through registers
+    return round(45 + sums + operands)
+
+
+def estimate(tile: Tile, weight: Weights, count: int, target: str) -> float:
+    """Seconds that a product with `count` rows of x takes, by the bytes it moves and how well loads cover latency."""
+    chip, step = chip_of(target), weight.step
+    blocks = -(-count // tile.tokens)
+    programs = -(-weight.rows // tile.rows) * tile.split * blocks
+    shared = shared_bytes(tile, weight, target)
+    registers_of_program = registers(tile, weight, target) * tile.warps * chip.lanes
+    resident = min(chip.shared // shared, chip.registers // registers_of_program, chip.warps // tile.warps)
+    if resident < 1:
+        return float("inf")
+    most = -(-programs // chip.processors)  # programs of the busiest processor
+    balance = most * chip.processors / programs
+    # Bytes of weights that are on their way to one processor, against what its share of the bandwidth needs.
+    ahead = max(tile.stages - 1, 0.5) * tile.unroll * tile.rows * step * weight.scheme.bits / 8
+    needed = LATENCY * chip.bandwidth / chip.processors
+    cover = min(1.0, min(resident, most) * ahead / needed)
+    read = programs * (tile.tokens * weight.padded * 2 / tile.split) + blocks * weight.nbytes
+    seconds = balance * max(blocks * weight.nbytes / (chip.bandwidth * cover), read / chip.cache_bandwidth) + START
+    if tile.split > 1:
+        seconds += LAUNCH + 2 * tile.split * count * weight.rows * 4 / chip.cache_bandwidth
+    return seconds
+
+
+def candidates(weight: Weights, count: int, target: str = "sm_90") -> list[Tile]:
+    """Tiles that fit the weight, `count` rows of x and the target, best first by `estimate`."""
+    chip = chip_of(target)
+    steps = weight.steps
+    tokens = tokens_of(count)
+    found = []
+    shapes = ((64, 4), (128, 4), (128, 8), (256, 8))
+    for (rows, warps), stages, unroll, split in itertools.product(shapes, (2, 3, 4, 6), (1, 2), (1, 2, 4, 8, 16)):
+        if (split > 1 and steps < 2 * split * unroll) or rows >= 2 * max(weight.rows, BAND):
+            continue
+        for mode in modes(weight, target):
+            tile = Tile(rows, tokens, warps, stages, unroll, split, mode)
+            # A thread has at most 255 registers; those of accumulators that do not fit would be spilled.
+            if repeats_unpacking(tile, target):
+                continue
+            if shared_bytes(tile, weight, target) <= chip.shared and registers(tile, weight, target) <= 230:
+                found.append((estimate(tile, weight, count, target), len(found), tile))
+    if not found:
+        raise KernelConfigError(f"no tile fits {weight.rows} x {weight.columns} on {target}", where="candidates")
+    return [tile for _, _, tile in sorted(found)]
+
+
+def modes(weight: Weights, target: str) -> tuple[Mode, ...]:
+    """How the base of the codes may be taken off, the better one by instructions and precision first.
+
+    Asymmetric weights need the sums of x anyway, so that "biased" costs nothing; and without packed instructions, on
+    other chips than NVIDIA's, a subtraction is one of fp32 and two conversions.
+    """
+    if not weight.scheme.symmetric or not target.startswith("sm_"):
+        return ("biased",)
+    return ("exact", "biased")

@@ -1,0 +1,49 @@
+"""For tests of the GPU kernels: Triton's interpreter (on CPUs, in numpy), and random weights in few bits."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import pytest
+import torch
+
+from accelc.codegen.gpu import kernels, quantized_gemm
+from accelc.ir.quantized import QuantizedWeight, Scheme
+
+
+def interpreted_kernels() -> ModuleType:
+    """A second copy of the module `kernels` whose functions are interpreted.
+
+    `triton.jit` looks at TRITON_INTERPRET when it decorates a function: the copy is made with it, and nothing else in
+    this process sees it.
+    """
+    spec = importlib.util.spec_from_file_location("accelc_interpreted_kernels", kernels.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def interpreter(module: ModuleType) -> Iterator[None]:
+    """Launches go to `module` inside of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(quantized_gemm, "kernels", module)
+        yield
+
+
+def random_weight(scheme: Scheme, rows: int, columns: int, seed: int, *leading: int) -> QuantizedWeight:
+    """A weight [*leading, rows, columns] of random codes, scales in [0.5, 1.5) / levels and fractional zeros."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(scheme.levels, (*leading, rows, scheme.padded(columns)), generator=g, dtype=torch.uint8)
+    groups = (*leading, rows, scheme.groups(columns))
+    scales = (0.5 + torch.rand(groups, generator=g)) / scheme.levels
+    zeros = None if scheme.symmetric else torch.rand(groups, generator=g) * scheme.levels
+    return QuantizedWeight.of(scheme, codes, scales, zeros, columns)
