@@ -30,9 +30,9 @@ def quantized_linear(
     # The kernel may keep 16 bits where 8 would do, and lays segments out at their full length.
     memory = scratch(given.size[0] * count * (2 + segment // 2))
     arrays = (given, codes, scales, zeros, bias, into, memory)
-    return [Instruction("quantized_linear", arrays, (5, 6), (bits, group, segment, 16))]
+    return [Instruction("quantized_linear", arrays, (5, 6), (bits, segment, 16))]
 
 
 def with_activations(ins: Instruction, bits: int) -> Instruction:
     """`ins` with activations of so many bits, 16 or 8, if it multiplies them by codes."""
-    return replace(ins, ints=(*ins.ints[:3], bits)) if ins.op == "quantized_linear" else ins
+    return replace(ins, ints=(*ins.ints[:2], bits)) if ins.op == "quantized_linear" else ins

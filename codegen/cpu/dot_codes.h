@@ -29,6 +29,8 @@ inline vi dot4_add(vi acc, vi codes, vi x) { return (vi)_mm256_dpbusd_avx_epi32(
 inline vi dot2_add(vi acc, vi a, vi b) {
 #if defined(__AVX512BW__)
   return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX512F__)  // without products of 16-bit numbers
+  return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #elif defined(__AVXVNNI__)
   return (vi)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
 #elif defined(__AVX2__)

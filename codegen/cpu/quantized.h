@@ -68,7 +68,7 @@ template <class D> struct Quantized {
   const uint8_t* codes;
   const void *scales, *zeros;
   int32_t scale_dtype;
-  int64_t blocks, lines, groups, group;  // blocks of 16 rows: their lines of 64 bytes, their groups, columns of a group
+  int64_t blocks, lines, groups;  // blocks of 16 rows, their lines of 64 bytes, their groups: each a segment, or one in all
 
   // out[M][N] += rows m .. m + M of x times `count` lines of codes, of segment s
   template <int M> void tile(const uint8_t* const* at, int64_t count, int64_t ahead, int64_t m, int64_t s, const vf* scale,
@@ -95,43 +95,77 @@ template <class D> struct Quantized {
         out[i * N + n] += (D::total(acc[i][n]) - zero[n] * sum[i]) * (scale[n] * step[i]);
   }
 
-  // out[count][N] = rows m .. m + count of x times N vectors of rows of weights, from vector p on
-  void rows(int64_t p, int64_t m, int64_t count, vf* out) const {
+  // Where N vectors of rows of weights lie, from vector p on; beyond the last it is computed again.
+  struct Place {
     const uint8_t* at[N];
-    int64_t block[N], lane[N];
+    int64_t scale[N];
+  };
+  Place place(int64_t p) const {
+    Place to;
     for (int n = 0; n < N; n++) {
-      block[n] = std::min((p + n) * W / LANES, blocks - 1);  // beyond the last it is computed again
-      lane[n] = (p + n) * W % LANES;
-      at[n] = codes + block[n] * lines * 64 + lane[n] * 4;
+      int64_t block = std::min((p + n) * W / LANES, blocks - 1), lane = (p + n) * W % LANES;
+      to.at[n] = codes + block * lines * 64 + lane * 4;
+      to.scale[n] = block * groups * LANES + lane;
     }
-    std::fill(out, out + count * N, vf{});
-    for (int64_t s = 0; s < x.segments; s++) {
-      int64_t used = x.columns(s) / D::COLUMNS, ahead = AHEAD;
-      vf scale[N], zero[N];
+    return to;
+  }
+  void load_scales(const Place& from, vf* scale, vf* zero) const {
+    with_dtype(scale_dtype, [&](auto tag) {
       for (int n = 0; n < N; n++) {
-        int64_t i = (block[n] * groups + s * x.segment / group) * LANES + lane[n];
-        with_dtype(scale_dtype, [&](auto tag) {
-          scale[n] = load((const decltype(tag)*)scales + i);
-          zero[n] = zeros ? load((const decltype(tag)*)zeros + i) : splat(D::COLUMNS == 8 ? 8 : 128);
-        });
+        scale[n] = load((const decltype(tag)*)scales + from.scale[n]);
+        zero[n] = zeros ? load((const decltype(tag)*)zeros + from.scale[n]) : splat(D::COLUMNS == 8 ? 8 : 128);
       }
-      for (int64_t i = 0; i < count; ahead = 0) {
-        vf* to = out + i * N;
-        int64_t left = std::min<int64_t>(D::ROWS, count - i), at_row = m + i;
-        i += left;
-        switch (left) {
-          case 1: tile<1>(at, used, ahead, at_row, s, scale, zero, to); break;
-          case 2: tile<2>(at, used, ahead, at_row, s, scale, zero, to); break;
-          case 3: tile<3>(at, used, ahead, at_row, s, scale, zero, to); break;
-          case 4: tile<4>(at, used, ahead, at_row, s, scale, zero, to); break;
-          default:
-            if constexpr (D::ROWS > 4) {
-              if (left == D::ROWS) tile<D::ROWS>(at, used, ahead, at_row, s, scale, zero, to);
-              else tile<4>(at, used, ahead, at_row, s, scale, zero, to), i -= left - 4;
-            }
-        }
+    });
+  }
+  // For each segment, while `from` moves along: f(segment, its lines, scales, zeros)
+  template <class F> void segments(Place& from, F f) const {
+    vf scale[N], zero[N];
+    for (int64_t s = 0; s < x.segments; s++) {
+      const int64_t count = x.columns(s) / D::COLUMNS;
+      if (s == 0 || groups > 1) load_scales(from, scale, zero);
+      f(s, count, scale, zero);
+      for (int n = 0; n < N; n++) {
+        from.at[n] += count * 64;
+        from.scale[n] += LANES;
       }
-      for (int n = 0; n < N; n++) at[n] += used * 64;
+    }
+  }
+
+  // out[M][N] = rows m .. m + M of x times N vectors of rows of weights, from vector p on
+  template <int M> void few(int64_t p, int64_t m, vf* out) const {
+    Place from = place(p);
+    vf sums[M * N] = {};
+    segments(from, [&](int64_t s, int64_t count, const vf* scale, const vf* zero) {
+      tile<M>(from.at, count, AHEAD, m, s, scale, zero, sums);
+    });
+    std::copy(sums, sums + M * N, out);
+  }
+  // The same for more rows, which share segments of weights in the cache.
+  void many(int64_t p, int64_t m, int64_t rows, vf* out) const {
+    Place from = place(p);
+    std::fill(out, out + rows * N, vf{});
+    segments(from, [&](int64_t s, int64_t count, const vf* scale, const vf* zero) {
+      int64_t i = 0, ahead = AHEAD;
+      for (; i + D::ROWS <= rows; i += D::ROWS, ahead = 0)
+        tile<D::ROWS>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
+      if (D::ROWS > 4 && i + 4 <= rows) {
+        tile<4>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
+        i += 4, ahead = 0;
+      }
+      switch (rows - i) {
+        case 3: return tile<3>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
+        case 2: return tile<2>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
+        case 1: return tile<1>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
+      }
+    });
+  }
+  void products(int64_t p, int64_t m, int64_t rows, vf* out) const {
+    switch (rows) {
+      case 1: return few<1>(p, m, out);
+      case 2: return few<2>(p, m, out);
+      case 3: return few<3>(p, m, out);
+      case 4: return few<4>(p, m, out);
+      default: return many(p, m, rows, out);
     }
   }
 };
@@ -140,7 +174,7 @@ template <int BITS, int ACTIVATION> inline void quantized_linear_as(const Instru
   using D = CodeDot<BITS, ACTIVATION>;
   using Q = Quantized<D>;
   const Tensor &x = ins.t(0), &codes = ins.t(1), &scales = ins.t(2), &zeros = ins.t(3), &bias = ins.t(4), &out = ins.t(5);
-  const int64_t group = ins.ints[1], segment = ins.ints[2];
+  const int64_t segment = ins.ints[1];
   const int64_t m_size = x.size[0], n_size = out.size[1], blocks = codes.size[0], lines = codes.size[1];
   Fixed fixed(team.at<float>(ins.t(6)), m_size, x.size[1], lines * D::COLUMNS, segment, segment / D::COLUMNS * D::WORDS);
   constexpr int64_t SOME = 16;  // segments that one thread rounds at a time
@@ -155,7 +189,7 @@ template <int BITS, int ACTIVATION> inline void quantized_linear_as(const Instru
   });
   team.settle();
   Q op{fixed, team.at<const uint8_t>(codes), team.at<const void>(scales), zeros ? team.at<const void>(zeros) : nullptr,
-       scales.dtype, blocks, lines, scales.size[1], group};
+       scales.dtype, blocks, lines, scales.size[1]};
   const int64_t vectors = blocks * Q::LANES / W;
   int64_t item = std::max<int64_t>(1, std::min(65536 / (lines * 64), blocks / (4 * team.size))) * Q::LANES / W;
   item = (item + Q::N - 1) / Q::N * Q::N;
@@ -164,7 +198,7 @@ template <int BITS, int ACTIVATION> inline void quantized_linear_as(const Instru
       for (int64_t m = 0; m < m_size; m += Q::TOGETHER) {
         const int64_t count = std::min(Q::TOGETHER, m_size - m);
         vf sums[Q::TOGETHER * Q::N];
-        op.rows(p, m, count, sums);
+        op.products(p, m, count, sums);
         const int64_t first = p * W, used = std::min<int64_t>(std::min<int64_t>(Q::N, last - p) * W, n_size - first);
         float more[Q::N * W];
         if (bias) widen(element(team.at<const void>(bias), bias.dtype, first), bias.dtype, more, used);
@@ -179,9 +213,9 @@ template <int BITS, int ACTIVATION> inline void quantized_linear_as(const Instru
 }
 
 // tensors: x [M, K], codes [P, lines, 64], scales [P, G, 16], zeros | none, bias [N] | none, out [M, N], for the rows of x in
-// fixed point; ints: bits, columns of a group, columns of a segment, bits of an activation
+// fixed point; ints: bits, columns of a segment (a group's, unless a row is one), bits of an activation
 inline void quantized_linear(const Instruction& ins, Team& team) {
-  const bool four = ins.ints[0] == 4, lossy = ins.ints[3] == 8;
+  const bool four = ins.ints[0] == 4, lossy = ins.ints[2] == 8;
   if (four) return lossy ? quantized_linear_as<4, 8>(ins, team) : quantized_linear_as<4, 16>(ins, team);
   return lossy ? quantized_linear_as<8, 8>(ins, team) : quantized_linear_as<8, 16>(ins, team);
 }
