@@ -23,7 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ONE_TO_TWO, _ONE_TO_FOUR = tl.constexpr("=r,=r,r"), tl.constexpr("=r,=r,=r,=r,r")
+# Outputs are written before the input is read for the last time: they may not share its register.
+_ONE_TO_TWO, _ONE_TO_FOUR = tl.constexpr("=&r,=&r,r"), tl.constexpr("=&r,=&r,=&r,=&r,r")
 _TWO_BF16, _FOUR_BF16 = tl.constexpr((tl.bfloat16,) * 2), tl.constexpr((tl.bfloat16,) * 4)
 _TWO_FP16, _FOUR_FP16 = tl.constexpr((tl.float16,) * 2), tl.constexpr((tl.float16,) * 4)
 
@@ -226,8 +227,8 @@ def _dot(w, x, acc, WIDEN: tl.constexpr):
 def _lane_values(ptr, band, groups, group, BANDS: tl.constexpr, TURNS: tl.constexpr):
     """Scales or zeros [BANDS, 64] of a group, as stored.
 
-    Where each warp holds rows of two bands (TURNS is 2) they are loaded one after the other: as one tensor they would be
-    spread over the lanes otherwise, and go through shared memory to those that want them.
+    Where each warp holds rows of two bands (TURNS is 2) they are loaded one after the other: one tensor would be
+    spread over the lanes otherwise, and go through shared memory to those that want it.
     """
     lane = tl.arange(0, 64)[None, :]
     if TURNS == 1:

@@ -32,7 +32,7 @@ def quantized_gemm(
 ) -> Tensor:
     """activation(x W^T + bias) + residual, in one kernel, or two where K is split: [M, N] in x's dtype.
 
-    ``x`` [M, K] bfloat16 or float16, its rows contiguous; ``weight`` of `accelc.codegen.gpu.layout.tile_weight`; ``bias``
+    ``x`` [M, K] bfloat16 or float16, its rows contiguous; ``weight`` made by `accelc.codegen.gpu.tile_weight`; ``bias``
     [N] and ``residual`` [M, N] of any float dtype. Made for M up to 64; more rows are taken 64 at a time. Sums are in
     fp32 over weights that are not rounded first, and in a fixed order: the same inputs give the same bits.
 
@@ -81,8 +81,9 @@ def constants(tile: Tile, shape: Weights, *, split: int, target: str) -> dict[st
     return {
         "BITS": shape.scheme.bits, "GROUP": shape.scheme.group, "STEP": shape.step,
         "WIDE": unit_columns(shape.scheme), "ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages,
-        "UNROLL": tile.unroll, "SPLIT": split, "WARPS": tile.warps, "MODE": tile.mode, "EVEN": shape.columns == shape.padded, "ASM": cuda,
-        "WGMMA": target.startswith("sm_9"), "WIDEN": target == "interpreter",
+        "UNROLL": tile.unroll, "SPLIT": split, "WARPS": tile.warps, "MODE": tile.mode,
+        "EVEN": shape.columns == shape.padded, "ASM": cuda, "WGMMA": target.startswith("sm_9"),
+        "WIDEN": target == "interpreter",
     }  # fmt: skip
 
 

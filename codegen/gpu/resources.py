@@ -79,7 +79,8 @@ def table() -> list[str]:
                 )
                 lines.append(
                     f"| {target} | {text} | {count} | {tile} | {report.registers} | {report.spills} | "
-                    f"{report.shared / 1024:.1f} | {report.occupancy:.0%} | {report.per_weight(weights):.2f} | {parts} |"
+                    f"{report.shared / 1024:.1f} | {report.occupancy:.0%} | {report.per_weight(weights):.2f} | "
+                    f"{parts} |"
                 )
     return lines
 

@@ -1,7 +1,7 @@
 """What a compiled kernel consists of: registers, spills, and the instructions of its main loop.
 
-NVIDIA's cubins are taken apart with nvdisasm and cuobjdump, which come inside the triton package; AMD's with the metadata
-and the text of the assembly that Triton keeps.
+NVIDIA's cubins are taken apart with nvdisasm and cuobjdump, which come inside the triton package; of AMD's kernels the
+metadata and the text of the assembly are read, which Triton keeps.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ import triton
 from .errors import DisassemblyError
 
 KINDS: dict[str, str] = {
-    "matrix": r"HGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA\w*|v_mfma\w*|v_smfmac\w*",
-    "unpack": r"LOP3|SHF|PRMT|HFMA2|HADD2|v_and\w*|v_or_?b32|v_or3\w*|v_lshr\w*|v_lshl\w*|v_perm\w*|v_bf[ei]\w*|v_pk\w*",
-    "scale": r"FFMA2?|FMUL2?|FADD2?|v_(?:fma|mul|add|sub|mac|fmac)_f32\w*",
-    "load": r"LDG|LDGSTS|LDS|LDSM|LDTM|STS|STSM|STTM|STG|UTMALDG|UBLKCP|LDGDEPBAR|(?:global|buffer|flat|s)_(?:load|store)\w*|ds_\w+",
-    "wait": r"BAR|DEPBAR|MEMBAR|FENCE|WARPGROUP|WARPSYNC|SYNCS|ERRBAR|CCTL|NOP|s_waitcnt\w*|s_barrier|s_nop|NANOSLEEP",
+    "matrix": r"[HIQ]G?MMA|UTC\w*MMA\w*|v_mfma\w*|v_smfmac\w*",
+    "unpack": r"LOP3|SHF|PRMT|HFMA2|HADD2|v_(?:and|or|or3|lshr|lshl|lshrrev|lshlrev|perm|bfe|bfi|pk)_\w*",
+    "scale": r"FFMA2?|FMUL2?|FADD2?|v_(?:pk_)?(?:fma|mul|add|sub|mac|fmac)_f32\w*",
+    "load": (
+        r"LDG|LDGSTS|LDGDEPBAR|LDS|LDSM|LDTM|STS|STSM|STTM|STG|UTMALDG|UBLKCP|"
+        r"(?:global|buffer|flat|s)_(?:load|store)\w*|ds_\w+"
+    ),
+    "wait": (
+        r"BAR|DEPBAR|MEMBAR|FENCE|WARPGROUP|WARPSYNC|SYNCS|ERRBAR|CCTL|NOP|NANOSLEEP|"
+        r"s_waitcnt\w*|s_barrier|s_nop"
+    ),
 }
 """Opcodes by what they are for; all others move addresses, constants and the loop along."""
 

@@ -88,8 +88,8 @@ class Weights:
 @dataclass(frozen=True)
 class Chip:
     """What the model knows of a GPU: ``bandwidth`` and ``cache_bandwidth`` (second-level cache) in bytes a second,
-    ``shared`` bytes and ``registers`` (of 32 bits) of each of its ``processors``. Peak figures of the makers; a measured
-    tile overrules them.
+    ``shared`` bytes and ``registers`` (of 32 bits) of each of its ``processors``. Peak figures of the makers; measured
+    tiles overrule them.
     """
 
     processors: int
@@ -112,6 +112,8 @@ LATENCY = 1.2e-6
 """Seconds from a load's issue to its data while the memory is busy (an assumption; loads in flight cover it)."""
 START = 2.0e-6
 """Seconds until a kernel streams, and after it does (an assumption)."""
+REPEATED = 1.25
+"""How much longer a kernel takes that unpacks each weight twice (an assumption)."""
 LAUNCH = 1.3e-6
 """Seconds of one more kernel in a graph (docs of the project: a graph replay costs about 1.3 us a kernel)."""
 
@@ -181,13 +183,16 @@ def estimate(tile: Tile, weight: Weights, count: int, target: str) -> float:
     if resident < 1:
         return float("inf")
     most = -(-programs // chip.processors)  # programs of the busiest processor
-    balance = most * chip.processors / programs
+    # Processors that are done leave part of their bandwidth to the others: half of the imbalance counts.
+    balance = (1 + most * chip.processors / programs) / 2
     # Bytes of weights that are on their way to one processor, against what its share of the bandwidth needs.
     ahead = max(tile.stages - 1, 0.5) * tile.unroll * tile.rows * step * weight.scheme.bits / 8
     needed = LATENCY * chip.bandwidth / chip.processors
     cover = min(1.0, min(resident, most) * ahead / needed)
     read = programs * (tile.tokens * weight.padded * 2 / tile.split) + blocks * weight.nbytes
     seconds = balance * max(blocks * weight.nbytes / (chip.bandwidth * cover), read / chip.cache_bandwidth) + START
+    if repeats_unpacking(tile, target):
+        seconds *= REPEATED
     if tile.split > 1:
         seconds += LAUNCH + 2 * tile.split * count * weight.rows * 4 / chip.cache_bandwidth
     return seconds
@@ -206,8 +211,6 @@ def candidates(weight: Weights, count: int, target: str = "sm_90") -> list[Tile]
         for mode in modes(weight, target):
             tile = Tile(rows, tokens, warps, stages, unroll, split, mode)
             # A thread has at most 255 registers; those of accumulators that do not fit would be spilled.
-            if repeats_unpacking(tile, target):
-                continue
             if shared_bytes(tile, weight, target) <= chip.shared and registers(tile, weight, target) <= 230:
                 found.append((estimate(tile, weight, count, target), len(found), tile))
     if not found:

@@ -76,7 +76,7 @@ def check(m, n, k, scheme, dtype, tile, bias=True, residual=True, activation="no
     assert float(excess.max()) <= 1, f"{float(excess.max())} times the bound"
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     m=st.integers(1, 20),
     n=st.integers(1, 140),
@@ -102,9 +102,9 @@ def test_any_shape_matches_float64(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["exact", "biased"])
-@pytest.mark.parametrize("text", ["int4", "int8", "int4:g64:asym", "int8:g32:asym", "int4:row:asym", "int8:g256"])
+@pytest.mark.parametrize("text", ["int4", "int8", "int4:g64:asym", "int8:g32:asym"])
 def test_schemes(text: str, mode: str, dtype: torch.dtype) -> None:
-    check(3, 70, 300, Scheme.parse(text), dtype, replace(SMALL, mode=mode))
+    check(3, 70, 200, Scheme.parse(text), dtype, replace(SMALL, mode=mode))
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_tile_is_chosen() -> None:
 
 
 def test_split_sums_are_those_of_one_pass_but_for_rounding_and_repeat_bit_for_bit() -> None:
-    weight = tile_weight(random_weight(Scheme.parse("int4"), 64, 1024, 3))
-    x = torch.randn(4, 1024).to(torch.bfloat16)
+    weight = tile_weight(random_weight(Scheme.parse("int4"), 64, 512, 3))
+    x = torch.randn(4, 512).to(torch.bfloat16)
     first = quantized_gemm(x, weight, tile=replace(SMALL, split=4))
     assert torch.equal(first, quantized_gemm(x, weight, tile=replace(SMALL, split=4)))
     torch.testing.assert_close(first, quantized_gemm(x, weight, tile=SMALL), rtol=2**-7, atol=2**-7)
