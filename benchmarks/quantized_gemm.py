@@ -1,0 +1,292 @@
+"""Products of few rows with weights in few bits on a GPU: accelc's Triton kernel beside others, as a share of the
+bandwidth that the memory has, read in the same run.
+
+    python benchmarks/quantized_gemm.py
+
+Matrices are those of Llama-3.1-8B. Copies of a weight are taken in turn inside one captured CUDA graph, more of them
+than the second-level cache holds: a matrix of a few megabytes would come out of the cache otherwise, which it does not
+in a model. Each contender's result is compared with the dequantized weights before it is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from environment import describe
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from accelc.ir.quantized import QuantizedWeight, Scheme, unpack
+
+MATRICES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate and up": (28672, 4096), "down": (4096, 14336)}
+"""[N, K] of Llama-3.1-8B, projections of one input joined."""
+ROWS = (1, 4, 8, 16, 32, 64)
+CACHES = 3.0
+"""Copies of a weight take this many times the second-level cache."""
+FEWEST = 4
+GROUP = 128
+TOLERANCE = 0.02
+"""Of the largest output, for results to count as right; 4-bit weights rounded to bf16 once more stay within it."""
+
+
+class Unavailable(Exception):
+    """A contender that does not run here, with the reason."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One contender on one matrix: microseconds a product, medians of replays; ``share`` of the measured bandwidth,
+    counting the bytes of the weight as the contender stores it.
+    """
+
+    contender: str
+    scheme: str
+    matrix: str
+    rows: int
+    microseconds: float
+    share: float
+
+
+Product = Callable[[Tensor], Tensor]
+Build = Callable[[QuantizedWeight], tuple[Product, int]]
+"""From a weight on the GPU to its product and the bytes that it stores."""
+
+
+def accelc(weight: QuantizedWeight) -> tuple[Product, int]:
+    from accelc.codegen.gpu import tile_weight
+    from accelc.codegen.gpu.quantized_gemm import quantized_gemm
+
+    tiled = tile_weight(weight)
+    return lambda x: quantized_gemm(x, tiled), tiled.nbytes
+
+
+def dense(weight: QuantizedWeight) -> tuple[Product, int]:
+    """torch's product in bf16: what weights in few bits are compared with."""
+    full = weight.dequantize(torch.bfloat16)
+    return lambda x: torch.nn.functional.linear(x, full), full.nbytes
+
+
+def tinygemm(weight: QuantizedWeight) -> tuple[Product, int]:
+    """torch's own int4 kernel."""
+    if weight.scheme.bits != 4:
+        raise Unavailable("4 bits only")
+    codes = plain_codes(weight)
+    packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
+    # Its value is (code - 8) * scale + zero.
+    scales = weight.scale_matrix.T.to(torch.bfloat16)
+    both = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()  # [G, N, 2]
+    group = weight.scheme.group
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, group, both), packed.nbytes + both.nbytes
+
+
+def torchao(weight: QuantizedWeight) -> tuple[Product, int]:
+    """torchao's weight-only linear, quantized by itself from the dequantized weight."""
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise Unavailable("torchao is not installed") from error
+    layer = torch.nn.Linear(weight.columns, weight.rows, bias=False, device="cuda", dtype=torch.bfloat16)
+    layer.weight.data = weight.dequantize(torch.bfloat16)
+    if weight.scheme.bits == 8:
+        quantize_(layer, Int8WeightOnlyConfig())
+        return layer, weight.rows * weight.columns + 2 * weight.rows
+    options: dict[str, Any] = {"group_size": weight.scheme.group}
+    if "int4_packing_format" in inspect.signature(Int4WeightOnlyConfig).parameters:
+        options["int4_packing_format"] = "tile_packed_to_4d"  # the layout of its kernel for GPUs
+    quantize_(layer, Int4WeightOnlyConfig(**options))
+    return layer, weight.rows * weight.columns // 2 + 4 * weight.rows * weight.columns // weight.scheme.group
+
+
+def gemlite(weight: QuantizedWeight) -> tuple[Product, int]:
+    """gemlite's Triton kernels, tuned by itself."""
+    try:
+        from gemlite.core import DType, GemLiteLinearTriton
+    except ImportError as error:
+        raise Unavailable("gemlite is not installed") from error
+    scheme = weight.scheme
+    layer = GemLiteLinearTriton(
+        scheme.bits, scheme.group or weight.columns, weight.columns, weight.rows, DType.BF16, DType.BF16
+    )
+    layer.pack(plain_codes(weight), weight.scale_matrix.to(torch.bfloat16).reshape(-1, 1), scheme.middle, None)
+    groups = weight.scale_matrix.shape[1]
+    return layer.forward, weight.rows * (weight.columns * scheme.bits // 8 + 2 * groups)
+
+
+CONTENDERS: dict[str, Build] = {
+    "accelc": accelc,
+    "torch bf16": dense,
+    "_weight_int4pack_mm": tinygemm,
+    "torchao": torchao,
+    "gemlite": gemlite,
+}
+
+
+def plain_codes(weight: QuantizedWeight) -> Tensor:
+    """Codes uint8 [N, K]."""
+    return unpack(weight.codes, weight.scheme.bits, weight.rows)[:, : weight.columns].contiguous()
+
+
+def random_weight(scheme: Scheme, rows: int, columns: int) -> QuantizedWeight:
+    """A weight of random codes on the GPU, as large as those of a model."""
+    codes = torch.randint(scheme.levels, (rows, columns), dtype=torch.uint8, device="cuda")
+    scales = (0.5 + torch.rand(rows, scheme.groups(columns), device="cuda")) * 0.1 / scheme.levels
+    return QuantizedWeight.of(scheme, codes, scales, None, columns)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy of 2 GiB, read and written, the best of some."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = min(timed(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.nbytes / seconds
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds on the device."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def seconds_of(products: Sequence[Product], x: Tensor, replays: int = 30) -> float:
+    """Seconds of one product, all of `products` in turn in a captured graph; the median of replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and tunes what is tuned at the first calls
+            for product in products:
+                product(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for product in products:
+            product(x)
+    for _ in range(3):
+        graph.replay()
+    return statistics.median(timed(graph.replay) for _ in range(replays)) / len(products)
+
+
+def check(product: Product, x: Tensor, weight: QuantizedWeight) -> None:
+    """Raise Unavailable if a product is wrong."""
+    want = x.double() @ weight.dequantize(torch.float64).T
+    error = float((product(x).double() - want).abs().max() / want.abs().max())
+    if not error < TOLERANCE:
+        raise Unavailable(f"its result is off by {error:.1%} of the largest output")
+
+
+def measure(
+    name: str, scheme: Scheme, matrix: str, rows: Sequence[int], tune: int, limit: float
+) -> tuple[list[Sample], str]:
+    """One contender on one matrix, and why it is missing, if it is."""
+    n, k = MATRICES[matrix]
+    torch.manual_seed(0)
+    weight = random_weight(scheme, n, k)
+    samples: list[Sample] = []
+    try:
+        product, size = CONTENDERS[name](weight)
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        copies = max(FEWEST, int(CACHES * cache / size) + 1)
+        products = [product, *(CONTENDERS[name](random_weight(scheme, n, k))[0] for _ in range(copies - 1))]
+        for count in rows:
+            x = torch.randn(count, k, device="cuda", dtype=torch.bfloat16)
+            if name == "accelc" and tune:
+                tune_tile(x, weight, tune)
+            check(product, x, weight)
+            seconds = seconds_of(products, x)
+            samples.append(Sample(name, str(scheme), matrix, count, seconds * 1e6, size / seconds / limit))
+    except Unavailable as reason:
+        return samples, str(reason)
+    except Exception as error:  # a peer's own failure, of any kind, must not end the run
+        if name == "accelc":
+            raise
+        return samples, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        products = []
+        gc.collect()
+        torch.cuda.empty_cache()
+    return samples, ""
+
+
+def tune_tile(x: Tensor, weight: QuantizedWeight, most: int) -> None:
+    """Measure accelc's tiles for a shape, unless a database of an earlier run has it."""
+    from accelc.codegen.gpu import tile_weight
+    from accelc.codegen.gpu.quantized_gemm import tune
+
+    tune(x, tile_weight(weight), most)
+
+
+def tables(samples: Sequence[Sample], scheme: str, rows: Sequence[int]) -> list[Table]:
+    """One table a matrix: microseconds and the share of the bandwidth, by rows of x."""
+    made = []
+    for matrix, (n, k) in MATRICES.items():
+        table = Table(title=f"{scheme}, {matrix} [{n}, {k}]: us (share of bandwidth)", title_justify="left")
+        table.add_column("contender")
+        for count in rows:
+            table.add_column(f"M = {count}", justify="right")
+        for name in CONTENDERS:
+            found = {s.rows: s for s in samples if (s.contender, s.scheme, s.matrix) == (name, scheme, matrix)}
+            if found:
+                cells = [f"{found[m].microseconds:.1f} ({found[m].share:.2f})" if m in found else "-" for m in rows]
+                table.add_row(name, *cells)
+        made.append(table)
+    return made
+
+
+def main(
+    schemes: Annotated[str, typer.Option(help="Separated by commas.")] = "int4,int8",
+    rows: Annotated[str, typer.Option(help="Rows of x, separated by commas.")] = ",".join(map(str, ROWS)),
+    contenders: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(CONTENDERS),
+    tune: Annotated[int, typer.Option(help="Tiles of accelc to measure for each shape; 0: take the model's.")] = 12,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Measure, print tables, and write the samples to a file."""
+    counts = [int(part) for part in rows.split(",")]
+    parsed = [Scheme.parse(part) for part in schemes.split(",")]
+    names = [part.strip() for part in contenders.split(",")]
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        raise typer.BadParameter(f"no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
+    console = Console()
+    if not torch.cuda.is_available():
+        console.print("No CUDA device: nothing is measured. Run it on a machine with a GPU and a torch built for it.")
+        raise typer.Exit(0)
+    limit = bandwidth()
+    console.print(f"{torch.cuda.get_device_name()}: a copy moves {limit / 1e9:.0f} GB/s")
+    samples: list[Sample] = []
+    missing: dict[str, str] = {}
+    for scheme in parsed:
+        for matrix in MATRICES:
+            for name in names:
+                found, reason = measure(name, scheme, matrix, counts, tune, limit)
+                samples += found
+                if reason:
+                    missing[f"{name}, {scheme}, {matrix}"] = reason
+        for table in tables(samples, str(scheme), counts):
+            console.print(table)
+    for who, reason in missing.items():
+        console.print(f"{who}: {reason}")
+    if output is not None:
+        record = {
+            "environment": describe(),
+            "gpu": torch.cuda.get_device_name(),
+            "bandwidth": limit,
+            "samples": [asdict(sample) for sample in samples],
+            "missing": missing,
+        }
+        output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
