@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from accelc.compiler import compile as compile
     from accelc.decoder import CompiledDecoder as CompiledDecoder
     from accelc.ir import Exactness as Exactness
+    from accelc.evaluate import perplexity as perplexity
     from accelc.ir.errors import AccelcError as AccelcError
+    from accelc.passes.quantize.calibration import Calibration as Calibration
+    from accelc.passes.quantize_weights import QuantizeWeights as QuantizeWeights
     from accelc.runtime import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "Calibration": "accelc.passes.quantize.calibration",
+    "QuantizeWeights": "accelc.passes.quantize_weights",
+    "perplexity": "accelc.evaluate",
     "compile": "accelc.compiler",
     "CompiledDecoder": "accelc.decoder",
     "Exactness": "accelc.ir",
@@ -47,4 +53,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
 
 
-__all__ = ["AccelcError", "CompiledDecoder", "Exactness", "SamplingParams", "compile", "hf"]
+__all__ = [
+    "AccelcError", "Calibration", "CompiledDecoder", "Exactness", "QuantizeWeights", "SamplingParams", "compile", "hf",
+    "perplexity",
+]  # fmt: skip

@@ -123,9 +123,11 @@ def compile_inference(
     pipeline = options.pipeline()
     patches = dict(options.inductor)
     frozen, written = None, set[str]()
-    if options.freeze and torch.is_grad_enabled():
-        announce("freeze=True has no effect while gradients are enabled: call the model under torch.no_grad()")
-    elif options.freeze:
+    if options.freezes and torch.is_grad_enabled():
+        announce(
+            "freeze=True or quantize= has no effect while gradients are enabled: call the model under torch.no_grad()"
+        )
+    elif options.freezes:
         frozen = freeze_parameters(gm, inputs)
         gm, inputs = frozen.module, frozen.inputs
         patches["freezing"] = True

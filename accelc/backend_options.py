@@ -10,6 +10,7 @@ from typing import Any
 from accelc.ir.compat import inductor_options
 from accelc.ir.errors import BackendError, OptionValueError, UnknownOptionError
 from accelc.passes import Pass, Pipeline, build_pass, known_passes
+from accelc.passes.quantize_weights import QuantizeWeights, quantization
 
 DEFAULT_PASSES = ("normalise",)
 """Passes that run on every inference graph. Those that raise to the dialect are not among them: without a pass that
@@ -31,16 +32,24 @@ class BackendOptions:
     """Names of passes to leave out."""
     freeze: bool = False
     """Make parameters constants: Inductor folds and prepacks them. They must not change afterwards."""
+    quantize: str | QuantizeWeights | None = None
+    """Keep the weights of linears in few bits: a scheme, or the pass with its options. Implies `freeze`."""
     inductor: Mapping[str, object] = field(default_factory=dict)
     """Options of Inductor, such as ``{"max_autotune": True}``."""
     report: Callable[[Any], object] | None = None
     """Called with the `GraphReport` of each graph once it is compiled."""
 
+    @property
+    def freezes(self) -> bool:
+        """Whether parameters become constants."""
+        return self.freeze or self.quantize is not None
+
     def pipeline(self) -> Pipeline:
         """The default passes and the user's, ordered; a default pass that the user configured runs as configured."""
-        given = {one.name for one in self.passes}
+        passes = [*self.passes, *([] if self.quantize is None else [quantization(self.quantize)])]
+        given = {one.name for one in passes}
         defaults = [build_pass(name) for name in DEFAULT_PASSES if name not in given]
-        return Pipeline([*defaults, *map(optional, self.passes)], disabled=self.disable)
+        return Pipeline([*defaults, *map(optional, passes)], disabled=self.disable)
 
 
 def parse_options(options: Mapping[str, object] | None) -> BackendOptions:
@@ -119,6 +128,10 @@ _WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "disable": (_names, "a list of pass names"),
     "freeze": (lambda v: isinstance(v, bool), "True or False"),
+    "quantize": (
+        lambda v: v is None or isinstance(v, str | QuantizeWeights),
+        "a scheme such as 'int4', or a QuantizeWeights",
+    ),
     "inductor": (
         lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
         "a dict of Inductor's options",

@@ -1,10 +1,12 @@
-"""The command line: `accelc generate`, `accelc doctor`, `accelc passes`, `accelc demo`."""
+"""The command line: `accelc generate`, `accelc eval`, `accelc doctor`, `accelc passes`, `accelc demo`."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +38,15 @@ errors = Console(stderr=True, highlight=False)
 OPTIONAL = ("transformers", "tokenizers")
 """Packages that models in directories need, and nothing else."""
 
+EVAL_EXAMPLES = """Examples:
+
+accelc eval path/to/model book.txt
+
+accelc eval path/to/model *.py --quantize int4:g64 --window 512 --max-tokens 20000"""
+
+QUANTIZE = Annotated[
+    str | None, typer.Option(help="Keep weights in few bits: int8, int4, int4:g64:asym ...; default: as stored.")
+]
 MODEL = Annotated[Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")]
 
 
@@ -81,6 +92,7 @@ def generate(
         list[str] | None, typer.Option(help="Text that ends the continuation before it; may be given several times.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    quantize: QUANTIZE = None,
     eager: Annotated[bool, typer.Option("--eager", help="Run the step node by node instead of compiling it.")] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Print what compiling did, and statistics, to stderr.")
@@ -90,11 +102,10 @@ def generate(
     from accelc.runtime.text import encode
 
     with _named_errors():
-        decoder, sampling = _prepare(
-            model, max_length, dtype, eager,
-            {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty":
-            repetition_penalty},
-        )  # fmt: skip
+        sampling = accelc.SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
+        decoder = _compiled(model, max_length, dtype, quantize, eager)
         if report:
             errors.print(decoder.renderable())
         text = sys.stdin.read() if prompt in (None, "-") else prompt
@@ -108,6 +119,47 @@ def generate(
             sys.stdout.write("\n")
             if report:
                 errors.print(str(stream.result.statistics))
+
+
+@app.command("eval", epilog=EVAL_EXAMPLES)
+def evaluate(
+    model: MODEL,
+    texts: Annotated[list[Path], typer.Argument(help="Text files, read as one text; '-' reads standard input.")],
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens of a window; default: up to 1024.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens from one window to the next; default: half a window.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Use the first tokens of the text alone.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest sequence; default: the model's, up to 4096.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    quantize: QUANTIZE = None,
+    json_out: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure the perplexity of a model on text, as it is or with weights in few bits."""
+    from rich.progress import Progress
+
+    from accelc.evaluate import perplexity, read_texts
+    from accelc.runtime.text import encode
+
+    with _named_errors():
+        text = read_texts(texts)
+        decoder = _compiled(model, max_length, dtype, quantize, eager=False)
+        ids = encode(decoder.tokenizer, text)[:max_tokens]
+        with Progress(console=errors, transient=True) as bar:
+            task = bar.add_task("windows", total=None)
+            result = perplexity(
+                decoder,
+                ids,
+                window=window,
+                stride=stride,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    if json_out:
+        typer.echo(json.dumps({**asdict(result), "perplexity": result.perplexity, "model": str(model)}))
+    else:
+        typer.echo(str(result))
 
 
 @app.command()
@@ -134,32 +186,28 @@ def passes() -> None:
     Console().print(table)
 
 
-def _prepare(
-    model: Path, max_length: int | None, dtype: str | None, eager: bool, options: dict[str, Any]
-) -> tuple[Any, Any]:
+def _compiled(model: Path, max_length: int | None, dtype: str | None, quantize: str | None, eager: bool) -> Any:
+    """The decoder of a directory."""
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from accelc.capture import load_model
-    from accelc.compiler import load_tokenizer
+    from accelc.compiler import load_model_for, load_tokenizer, quantization
     from accelc.ir.errors import InputError
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
     if dtype not in dtypes:
         raise InputError(f"dtype is {dtype!r}", remedy="Use float32, bfloat16 or float16.")
-    sampling = accelc.SamplingParams(**options)
     tokenizer = load_tokenizer(model)
     if tokenizer is None and (model / "config.json").is_file():
         raise InputError(
             f"no tokenizer in {model}", remedy="Save one beside the model: tokenizer.save_pretrained(directory)."
         )
     transformers_logging.disable_progress_bar()
-    loaded = load_model(model, dtype=dtypes[dtype])
-    with errors.status("compiling ..."):
-        decoder = accelc.compile(
-            loaded, max_length=max_length, tokenizer=tokenizer, backend="eager" if eager else "native"
+    with errors.status("loading and compiling ..."):
+        loaded, left = load_model_for(model, quantization(quantize), dtype=dtypes[dtype])
+        return accelc.compile(
+            loaded, max_length=max_length, tokenizer=tokenizer, quantize=left, backend="eager" if eager else "native"
         )
-    return decoder, sampling
 
 
 @contextmanager

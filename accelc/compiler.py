@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,15 +12,19 @@ import torch
 from torch import nn
 
 from accelc.arguments import check_types
+from accelc.backend_options import optional
 from accelc.capture import capture, forward_logits, load_model
+from accelc.checkpoints import load_quantized, quantization_of
 from accelc.codegen import CompiledStep, Options, compile_program, prepare
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.fingerprint import fingerprint
 from accelc.ir import Exactness, Program
-from accelc.ir.errors import InputError, unknown_options
-from accelc.passes import Pass
+from accelc.ir.errors import CheckError, ExactnessError, InputError, unknown_options
+from accelc.passes import Pass, Pipeline
 from accelc.passes.check_step import check_step
 from accelc.passes.closeness import allowed, computing_dtype, spread
+from accelc.passes.quantize.methods import METHODS
+from accelc.passes.quantize_weights import AUTO, QuantizeWeights, quantization
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
 from accelc.program_cache import forget_programs, load_programs, store_programs
 from accelc.runtime import cache_capacity
@@ -31,8 +36,8 @@ Backend = Literal["native", "eager"]
 Check = Literal["full", "quick", "off"]
 
 OPTIONS = (
-    "max_length", "max_batch", "chunk", "backend", "passes", "disable", "require", "check", "cache", "verify",
-    "tokenizer", "eos",
+    "max_length", "max_batch", "chunk", "backend", "quantize", "passes", "disable", "require", "check", "cache",
+    "verify", "tokenizer", "eos",
 )  # fmt: skip
 CHECK_LENGTH = {"full": 24, "quick": 10}
 """Tokens that a check runs."""
@@ -45,9 +50,10 @@ def compile(
     max_batch: int | None = None,
     chunk: int = 256,
     backend: Backend = "native",
+    quantize: str | QuantizeWeights | None = None,
     passes: Sequence[Pass] = (),
     disable: Collection[str] = (),
-    require: Exactness = Exactness.DISTRIBUTION,
+    require: Exactness | None = None,
     check: Check = "quick",
     cache: bool = True,
     verify: bool = False,
@@ -62,8 +68,11 @@ def compile(
     * ``max_length``: longest sequence, prompt included; default: the configuration's own limit, at most 4096.
     * ``max_batch``: refuse larger batches; None takes any. ``chunk``: most prompt tokens one prefill step takes.
     * ``backend``: "native" compiles the step for CPUs; "eager" runs its graph node by node.
+    * ``quantize``: keep weights in few bits: a scheme such as "int4" or "int8:g64", or a `QuantizeWeights` with all
+      its options. A directory is then quantized while it is read, so that its float weights are never in memory as a
+      whole. LOSSY; `accelc eval` states the loss.
     * ``passes``: further passes for the step; ``disable``: names of passes to leave out; ``require``: the weakest
-      guarantee.
+      guarantee accepted, by default DISTRIBUTION, and LOSSY where ``quantize`` asks for it.
     * ``check``: how thoroughly the compiled step is compared with the model before it is handed out.
     * ``cache``: keep the programs on disk, and take them from there when an earlier process compiled the same model.
     * ``verify``: compare the program after each pass with the one before it on real inputs; see the report's notes.
@@ -78,10 +87,16 @@ def compile(
         raise InputError(f"backend is {backend!r}", remedy="Use 'native' or 'eager'.")
     if check not in ("full", "quick", "off"):
         raise InputError(f"check is {check!r}", remedy="Use 'full', 'quick' or 'off'.")
+    quantizing = quantization(quantize)
+    if require is None:
+        require = Exactness.DISTRIBUTION if quantizing is None else Exactness.LOSSY
     check_types(max_length, max_batch, chunk, passes, disable, require, eos)
+    if quantizing is not None and quantizing.exactness < require:
+        raise ExactnessError(f"quantize makes the decoder {quantizing.exactness}, and {require} is required",
+                             remedy="Leave out quantize= or require=.")  # fmt: skip
     if isinstance(model, str | Path):
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
-        model = load_model(model)
+        model, quantizing = load_model_for(model, quantizing)
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module or a directory, got {type(model).__name__}")
     length = max_length if max_length is not None else default_length(model)
@@ -96,10 +111,11 @@ def compile(
         backend = "eager"
     # Passes of others may change without a trace in the key; a full check needs the forward anyway.
     key, found = None, None
+    weakest = require if quantizing is None else Exactness.DISTRIBUTION  # of the step before it is quantized
     if cache and not passes and check != "full" and not verify:
         with report.stage("cache"):
             pipelines = f"{step_pipeline(disabled=disable)}; {prefill_pipeline()}"
-            key = fingerprint(model, max_length=length, pipelines=pipelines, require=str(require))
+            key = fingerprint(model, max_length=length, pipelines=pipelines, require=str(weakest))
             found = load_programs(key, model) if key is not None else None
     if found is not None and key is not None:
         run_step = runner(found["step"], backend, capacity, report)
@@ -117,7 +133,7 @@ def compile(
             forward = capture(model, max_length=length)
         with report.stage("passes"):
             inputs = example_inputs if verify else None
-            step = step_pipeline(passes, disable).run(forward, require=require, verify=inputs)
+            step = step_pipeline(passes, disable).run(forward, require=weakest, verify=inputs)
             programs = {"step": step, "prefill": prefill_pipeline().run(step)}
         run_step = runner(step, backend, capacity, report)
         if check != "off":
@@ -127,6 +143,14 @@ def compile(
                 with report.stage("cache"):
                     store_programs(key, programs, model, forward)
     step = programs["step"]
+    if quantizing is not None:
+        with report.stage("quantize"):
+            step = Pipeline([quantizing]).run(step)
+            programs = {"step": step, "prefill": prefill_pipeline().run(step)}
+        run_step = runner(step, backend, capacity, report)
+        if check != "off":
+            with report.stage("check"):
+                confirm_compiled(step, run_step, capacity)
     run_prefill = runner(programs["prefill"], backend, capacity, report)
     facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
     if eos is not None:
@@ -150,19 +174,64 @@ def compile(
 
 def confirm(model: nn.Module, step: Program, run: Callable[..., Any], capacity: int) -> bool:
     """Whether a cached step computes the logits of the model as it is now, for five tokens in two chunks."""
-    generator = torch.Generator().manual_seed(1)
+    tokens = confirming_tokens(step)
+    expected = forward_logits(model, tokens).double()
+    difference = float((run_in_chunks(step, run, tokens, capacity) - expected).abs().max())
+    return difference <= allowed(computing_dtype(step)) * spread(expected)  # NaN is no agreement
+
+
+def confirm_compiled(step: Program, run: Callable[..., Any], capacity: int) -> None:
+    """Raise CheckError unless a step whose weights were quantized after its check computes, when compiled, what its
+    graph does. Kernels round activations to 16 bits, so fp32 models are allowed their share of that.
+    """
+    tokens = confirming_tokens(step)
+    expected = run_in_chunks(step, step.run, tokens, capacity)
+    error = float((run_in_chunks(step, run, tokens, capacity) - expected).abs().max()) / spread(expected)
+    bound = max(allowed(computing_dtype(step)), 5e-3)
+    if not error <= bound:
+        raise CheckError(
+            f"the compiled quantized step differs from its graph: {error:.2e} of the logits' spread (allowed {bound:.0e})"
+        )
+
+
+def confirming_tokens(step: Program) -> torch.Tensor:
+    """Five random tokens [1, 5]."""
     vocabulary = int(step.facts["capture"]["vocab_size"])  # type: ignore[index]
-    tokens = torch.randint(0, vocabulary, (1, 5), generator=generator)
+    return torch.randint(0, vocabulary, (1, 5), generator=torch.Generator().manual_seed(1)).to(step.device)
+
+
+def run_in_chunks(step: Program, run: Callable[..., Any], tokens: torch.Tensor, capacity: int) -> torch.Tensor:
+    """The logits [1, 5, V] in float64 of five tokens, in a chunk of four and one of one."""
     device = step.device
-    expected = forward_logits(model, tokens.to(device)).double()
     states = [spec.allocate(1, capacity, device) for spec in step.states]
     got = []
     for begin, end in ((0, 4), (4, 5)):
         positions, lengths = torch.arange(begin, end)[None], torch.tensor([begin])
         chunk = tokens[:, begin:end].contiguous()
-        got.append(run(chunk.to(device), positions.to(device), lengths.to(device), *states)[0].double())
-    difference = float((torch.cat(got, dim=1) - expected).abs().max())
-    return difference <= allowed(computing_dtype(step)) * spread(expected)  # NaN is no agreement
+        got.append(run(chunk, positions.to(device), lengths.to(device), *states)[0].double())
+    return torch.cat(got, dim=1)
+
+
+def load_model_for(
+    source: str | Path, quantizing: QuantizeWeights | None, *, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, QuantizeWeights | None]:
+    """The model of a directory, and the quantization that is left to do to it.
+
+    Without calibration and patterns, linear layers are quantized while the files are read. What that cannot see (stacks
+    of experts), and everything else otherwise, is left to the pass, which frees the floats as it goes. Raises
+    InputError for a directory that is quantized already.
+    """
+    path = Path(source)
+    if quantizing is None:
+        return load_model(path, dtype=dtype), None
+    if quantization_of(path) is not None:
+        raise InputError(f"the model in {path} is quantized already", remedy="Leave quantize= out.")
+    left: QuantizeWeights = optional(replace(quantizing, consume=True))  # type: ignore[assignment]
+    plain = (quantizing.include, quantizing.exclude, quantizing.overrides) == ("*", "", "")
+    if quantizing.method not in METHODS or not plain or quantizing.scheme.endswith(AUTO):
+        return load_model(path, dtype=dtype), left
+    options = {"head": quantizing.head, "method": quantizing.method}
+    return load_quantized(path, quantizing.scheme, dtype=dtype, **options), left
 
 
 def runner(program: Program, backend: Backend, capacity: int, report: CompileReport) -> Callable[..., Any]:

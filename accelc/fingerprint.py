@@ -78,6 +78,7 @@ class Feed:
         self.storages: dict[int, int] = {}
         self._seen: dict[int, int] = {}
         self._alive: list[object] = []
+        self._open: list[int] = []
 
     def add(self, *parts: object) -> None:
         """Hash the representations of plain values, each with its length in front."""
@@ -114,6 +115,8 @@ class Feed:
             feed_module(self, value)
         elif isinstance(value, types.FunctionType):
             feed_function(self, value, where)
+        elif type(value) in (list, tuple, dict):
+            self._container(value, where)
         elif self.first(value):
             self._compound(value, where)
 
@@ -127,6 +130,15 @@ class Feed:
             self.add("of", known, value.storage_offset())
         else:
             self.add(tensor_digest(value, where))
+
+    def _container(self, value: Any, where: str) -> None:
+        """Hash a container by what it holds: whether two attributes share one may change from one run to the next."""
+        if id(value) in self._open:
+            self.add("within itself", self._open.index(id(value)))
+            return
+        self._open.append(id(value))
+        self._compound(value, where)
+        self._open.pop()
 
     def _compound(self, value: Any, where: str) -> None:
         self.add(type(value).__name__)

@@ -189,6 +189,18 @@ class QuantizeWeights(Pass):
         return notes
 
 
+def quantization(given: str | QuantizeWeights | None) -> QuantizeWeights | None:
+    """The pass that the option `quantize` means. Raises InputError."""
+    if given is None or isinstance(given, QuantizeWeights):
+        return given
+    if not isinstance(given, str):
+        raise InputError(
+            f"quantize is {given!r}", remedy="Give a scheme such as 'int4' or 'int8:g64', or QuantizeWeights(...)."
+        )
+    Scheme.parse(given.removesuffix(AUTO))
+    return QuantizeWeights(scheme=given, head="int8" if given.startswith("int4") else given)
+
+
 def _automatic(program: Program, matrices: dict[str, Matrix], schemes: dict[str, Scheme]) -> dict[str, Scheme]:
     """Groups chosen by the weights, at the bits of a group of 128 for all together."""
     options: dict[str, list[Option]] = {}

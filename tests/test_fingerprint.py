@@ -313,3 +313,23 @@ def test_known_containers_are_cacheable() -> None:
     one = model_key(model)
     model.options["act"] = functools.partial(torch.nn.functional.gelu, approximate="none")
     assert len({before, one, model_key(model)}) == 3
+
+
+def test_capturing_a_model_leaves_its_key_alone() -> None:
+    """transformers replaces shared parts of a configuration by equal copies meanwhile."""
+    from accelc.capture import capture
+
+    model = build()
+    before = model_key(model)
+    capture(model, max_length=32)
+    assert model_key(model) == before
+
+
+def test_containers_that_hold_themselves_end() -> None:
+    model = nn.Linear(2, 2)
+    model.extra = [1, {"again": None}]
+    model.extra[1]["again"] = model.extra
+    other = nn.Linear(2, 2)
+    other.extra = [1, {"again": [1]}]
+    assert model_key(model) == model_key(model)
+    assert model_key(model) != model_key(other)

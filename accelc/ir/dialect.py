@@ -340,9 +340,13 @@ REFERENCES = {
     torch.ops.accelc.rms_norm.default: rms_norm_reference,
     torch.ops.accelc.rotary.default: rotary_reference,
     torch.ops.accelc.gated_activation.default: gated_activation_reference,
+}
+"""Functional dialect operations and the reference that code generation may expand them to."""
+
+QUANTIZED = {
     torch.ops.accelc.dequantize.default: dequantize_reference,
     torch.ops.accelc.quantized_linear.default: quantized_linear_reference,
     torch.ops.accelc.quantized_embedding.default: quantized_embedding_reference,
     torch.ops.accelc.quantized_grouped_linear.default: quantized_grouped_linear_reference,
 }
-"""Functional dialect operations and the reference that code generation may expand them to."""
+"""Operations on weights in few bits with their references. They are never expanded: that would write out the floats."""

@@ -76,9 +76,7 @@ def find_groups(program: Program, matrices: Mapping[str, Matrix]) -> Iterator[Sc
         if not parts or any(readers[str(p.target)] != 1 for p in parts):
             continue
         products = _products_of(node, owners)
-        alone = products and all(
-            m.products == [p] and not m.lookups and p.kind == "linear" for m, p in products
-        )
+        alone = products and all(m.products == [p] and not m.lookups and p.kind == "linear" for m, p in products)
         if products and alone:
             yield Scaled(node, tuple(products))
 

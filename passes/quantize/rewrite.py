@@ -60,13 +60,9 @@ def _attributes(program: Program, path: str, made: QuantizedWeight) -> list[fx.N
 def _quantized(graph: fx.Graph, product: Product, parts: list[fx.Node | None], made: QuantizedWeight) -> fx.Node:
     bits, rows = made.scheme.bits, made.rows
     if product.kind == "linear":
-        return graph.call_function(
-            ops.quantized_linear.default, (product.x, *parts, product.bias, bits, rows)
-        )
+        return graph.call_function(ops.quantized_linear.default, (product.x, *parts, product.bias, bits, rows))
     if product.kind == "grouped":
-        return graph.call_function(
-            ops.quantized_grouped_linear.default, (product.x, *parts, product.ends, bits, rows)
-        )
+        return graph.call_function(ops.quantized_grouped_linear.default, (product.x, *parts, product.ends, bits, rows))
     experts = made.shape[0]
     each = graph.call_function(aten.sym_size.int, (product.x, 1))  # [E, M, K]: each expert has M rows
     beyond = graph.call_function(operator.add, (graph.call_function(operator.mul, (each, experts)), 1))
