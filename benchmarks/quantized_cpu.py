@@ -40,6 +40,10 @@ PIECE = 16 << 20
 """Bytes of weights that a call reads at least: about a millisecond, beside which the call itself is small."""
 PIECES = 16
 """So many calls come between two of the same weights: several times a last-level cache."""
+DISTURBED = 0.6
+"""A table whose best bandwidth is below this part of the run's best was measured beside too much else: its figures are
+marked, and mean nothing.
+"""
 aten = torch.ops.aten
 
 
@@ -201,6 +205,7 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     meters = [Bandwidth(PIECE) for _ in range(PIECES)]
     console, results = Console(width=140), []
+    highest = max(meter.read(repeats=1) for _ in range(3) for meter in meters)  # each in turn: none from the cache
     counts = [int(m) for m in rows.split(",")]
     for shape in matrices.split(","):
         n, k = (int(size) for size in shape.split("x"))
@@ -215,8 +220,11 @@ def main(
                     c.seconds / single[c.name])
                 for c in candidates
             ]  # fmt: skip
-            console.print(table(found, bandwidth, f"{shape} {text}"))
-            results += [asdict(row) | {"bandwidth": bandwidth} for row in found]
+            highest = max(highest, bandwidth)
+            disturbed = bandwidth < DISTURBED * highest
+            mark = " (DISTURBED, measure again)" if disturbed else ""
+            console.print(table(found, bandwidth, f"{shape} {text}{mark}"))
+            results += [asdict(row) | {"bandwidth": bandwidth, "disturbed": disturbed} for row in found]
     if output:
         output.write_text(json.dumps({"environment": describe(), "rows": results}, indent=1) + "\n")
 
