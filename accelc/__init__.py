@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from accelc import hf as hf
     from accelc.compiler import compile as compile
     from accelc.decoder import CompiledDecoder as CompiledDecoder
-    from accelc.ir import Exactness as Exactness
     from accelc.evaluate import perplexity as perplexity
+    from accelc.ir import Exactness as Exactness
     from accelc.ir.errors import AccelcError as AccelcError
     from accelc.passes.quantize.calibration import Calibration as Calibration
     from accelc.passes.quantize_weights import QuantizeWeights as QuantizeWeights

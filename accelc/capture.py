@@ -94,11 +94,12 @@ def _check_captured(program: Program, example: Tensor, logits: Tensor) -> None:
     """
     again = program.run(example)[0].double()
     difference = float((again - logits.double()).abs().nan_to_num(0.0).max())  # NaN is reported by the check
+    model = program.facts["capture"]["model"]  # type: ignore[index]
     if difference > allowed(logits.dtype) * spread(logits.double().nan_to_num(0.0)):
         raise CaptureError(
-            f"the graph of {program.facts['capture']['model']} gives other logits than its forward did for the same "  # type: ignore[index]
-            f"ids: they differ by {difference:.1e}",
-            remedy="Make the forward a function of its ids: no counters, no random numbers, nothing kept between calls.",
+            f"the graph of {model} gives other logits than its forward did for the same ids: they differ by "
+            f"{difference:.1e}",
+            remedy="Make the forward a function of its ids: no counters or random numbers, nothing kept between calls.",
         )
 
 

@@ -190,7 +190,8 @@ def confirm_compiled(step: Program, run: Callable[..., Any], capacity: int) -> N
     bound = max(allowed(computing_dtype(step)), 5e-3)
     if not error <= bound:
         raise CheckError(
-            f"the compiled quantized step differs from its graph: {error:.2e} of the logits' spread (allowed {bound:.0e})"
+            f"the compiled quantized step differs from its graph: {error:.2e} of the logits' spread "
+            f"(allowed {bound:.0e})"
         )
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                     # 160M and 1B shapes, fp32 and bf16
     python benchmarks/decode.py --shape 1b --dtype bf16 --peer accelc --peer llama_cpp
+    python benchmarks/decode.py --shape 1b --dtype int8 --dtype int4   # weights in few bits
 
 Each peer runs in a process of its own, on the same random weights. A peer is started twice on one set of caches, first
 empty, then filled: the two starting times. Then the peers of a group (as many as fit in memory; accelc is in each) take
@@ -48,7 +49,7 @@ PeerName = StrEnum("PeerName", {name: name for name in NAMES})
 
 def main(
     shape: Annotated[list[ShapeName] | None, typer.Option(help="Model shapes; default: 160m and 1b.")] = None,
-    dtype: Annotated[list[DtypeName] | None, typer.Option(help="Types of the weights; default: all.")] = None,
+    dtype: Annotated[list[DtypeName] | None, typer.Option(help="Weights; default: fp32 and bf16.")] = None,
     peer: Annotated[list[PeerName] | None, typer.Option(help="Decoders; default: all that are installed.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=2)] = 64,
     new_tokens: Annotated[int, typer.Option(min=3)] = 64,
@@ -74,7 +75,7 @@ def main(
     folder = work or Path(tempfile.mkdtemp(prefix="accelc-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        for shape_name, dtype_name in itertools.product(shape or ("160m", "1b"), dtype or DTYPES):
+        for shape_name, dtype_name in itertools.product(shape or ("160m", "1b"), dtype or ("fp32", "bf16")):
             job = Job(
                 path=folder / f"{shape_name}-{dtype_name}-{prompt_tokens + new_tokens}",
                 shape=SHAPES[shape_name],
@@ -149,7 +150,7 @@ def measure_group(
             if name not in case.rows:
                 case.rows[name] = Row(
                     peer.title,
-                    peer.lossy,
+                    peer.lossy or (job.quantized and name != BASE),
                     starts[0].seconds,
                     starts[1].seconds,
                     settle_seconds=starts[1].settle_seconds,

@@ -6,7 +6,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from accelc.ir.quantized import Scheme
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "int4": torch.bfloat16}
+"""What weights are decoded in, and the type they are stored and activations computed in."""
+SCHEMES = {"int8": ("int8", "int8"), "int4": ("int4", "int8")}
+"""accelc's quantization schemes of the layers and of the output matrix; peers have their own of as many bits."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,14 @@ class Shape:
 
     def bytes_per_token(self, dtype: str, context: float) -> float:
         """Bytes one decoding step must read: the weights of the layers and the output matrix, and the cache."""
-        weights = self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
+        output = self.vocabulary * self.hidden
+        layers = self.parameters - output * (1 if self.tied else 2)
         cached = 2 * self.layers * self.kv_heads * (self.hidden // self.heads) * context
-        return (weights + cached) * DTYPES[dtype].itemsize
+        each = DTYPES[dtype].itemsize
+        if dtype not in SCHEMES:
+            return (layers + output + cached) * each
+        bits = [Scheme.parse(scheme).bits_per_weight(self.hidden) for scheme in SCHEMES[dtype]]
+        return layers * bits[0] / 8 + output * bits[1] / 8 + cached * each
 
 
 SHAPES = {

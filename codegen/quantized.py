@@ -1,14 +1,16 @@
-"""Rules for products with weights in few bits (accelc.ir.quantized)."""
+"""Rules for products with, and look-ups in, weights in few bits (accelc.ir.quantized)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from accelc.codegen.arrays import FLOATS, Array
 from accelc.codegen.instructions import Instruction, floats, rule, scratch
+from accelc.ir.quantized import LANES
 
 SEGMENT = 128
 """Columns that share a step of the activations' fixed point, where groups of weights are longer."""
@@ -31,6 +33,19 @@ def quantized_linear(
     memory = scratch(given.size[0] * count * (2 + segment // 2))
     arrays = (given, codes, scales, zeros, bias, into, memory)
     return [Instruction("quantized_linear", arrays, (5, 6), (bits, segment, 16))]
+
+
+@rule(torch.ops.accelc.quantized_embedding.default)
+def quantized_embedding(
+    out: Array, ids: Array, codes: Array, scales: Array, zeros: Array | None, bits: int, columns: int, dtype: Any
+) -> Sequence[Instruction] | None:
+    flat = ids.matrix(inner=0)
+    if flat is None or ids.dtype != torch.int64 or not floats(out, scales, zeros) or codes.ndim != 3:
+        return None
+    flat = Array(flat.root, flat.dtype, flat.offset, flat.size[:1], flat.stride[:1])
+    into = out.viewed((ids.numel, columns))
+    rows = codes.size[0] * LANES
+    return [Instruction("quantized_embedding", (flat, codes, scales, zeros, into), (4,), (bits, rows))]
 
 
 def with_activations(ins: Instruction, bits: int) -> Instruction:

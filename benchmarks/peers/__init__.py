@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-from shapes import Shape
+from shapes import SCHEMES, Shape
 
 from accelc.demo.contenders import Timed
 
@@ -24,6 +24,7 @@ NAMES = (
     "transformers_inductor",
     "transformers_inductor_frozen",
     "llama_cpp",
+    "llama_cpp_q4_k_m",
     "ctranslate2",
     "openvino",
     "torchao",
@@ -40,6 +41,11 @@ class Job:
     max_length: int
     threads: int
     work: Path
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are decoded in few bits: then every peer rounds them in its own way."""
+        return self.dtype in SCHEMES
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,28 @@
 
 from typing import Any
 
+from shapes import SCHEMES
+
 from peers import Job, Peer
 
-PEER = Peer("accelc")
+PEER = Peer("accelc", dtypes=("fp32", "bf16", "int8", "int4"))
 
 
 def prepare(job: Job) -> Any:
+    """The model in memory; for few bits its directory, which is quantized while it is read: that is timed."""
     from shapes import load_model
 
-    return load_model(job.path)
+    return job.path if job.quantized else load_model(job.path)
 
 
 def build(job: Job, prepared: Any) -> Any:
     import accelc
 
-    return Settled(accelc.compile(prepared, max_length=job.max_length))
+    if not job.quantized:
+        return Settled(accelc.compile(prepared, max_length=job.max_length))
+    scheme, head = SCHEMES[job.dtype]
+    chosen = accelc.QuantizeWeights(scheme=scheme, head=head)
+    return Settled(accelc.compile(prepared, max_length=job.max_length, quantize=chosen))
 
 
 class Settled:

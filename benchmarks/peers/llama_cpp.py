@@ -7,7 +7,10 @@ from typing import Any
 
 from peers import Job, Peer, timed
 
-PEER = Peer("llama.cpp", requires=("llama_cpp", "gguf"))
+PEER = Peer("llama.cpp", requires=("llama_cpp", "gguf"), dtypes=("fp32", "bf16", "int8", "int4"))
+
+# Its own quantizations of about as many bits.
+FILE_TYPES = {"int8": "Q8_0", "int4": "Q4_0"}
 
 # llama.cpp's names of a layer's tensors, by transformers' names.
 LAYER = {
@@ -25,13 +28,32 @@ OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 
 def prepare(job: Job) -> Path:
-    """Write the weights as GGUF, once."""
+    """Write the weights as GGUF, once, and quantize them by llama.cpp's own program where few bits are asked for."""
+    return converted(job, FILE_TYPES.get(job.dtype, ""))
+
+
+def converted(job: Job, file_type: str) -> Path:
+    """The GGUF file; `file_type` is llama.cpp's name of a quantization, empty for none."""
     path = job.work / f"{job.path.name}.gguf"
     if not path.exists():
         unfinished = path.with_suffix(".unfinished")
         _write(job, unfinished)
         unfinished.rename(path)
-    return path
+    if not file_type:
+        return path
+    quantized = path.with_name(f"{path.stem}-{file_type}.gguf")
+    if not quantized.exists():
+        import llama_cpp
+
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+        parameters.nthread = job.threads
+        unfinished = quantized.with_suffix(".unfinished")
+        status = llama_cpp.llama_model_quantize(str(path).encode(), str(unfinished).encode(), parameters)
+        if status:
+            raise RuntimeError(f"llama.cpp could not quantize to {file_type}: status {status}")
+        unfinished.rename(quantized)
+    return quantized
 
 
 def build(job: Job, prepared: Path) -> Any:
@@ -85,7 +107,7 @@ def _write(job: Job, path: Path) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(shape.vocabulary)
     writer.add_tokenizer_model("no_vocab")
-    kind = gguf.GGMLQuantizationType.BF16 if job.dtype == "bf16" else gguf.GGMLQuantizationType.F32
+    kind = gguf.GGMLQuantizationType.F32 if job.dtype == "fp32" else gguf.GGMLQuantizationType.BF16
     for file in sorted(job.path.glob("*.safetensors")):
         for name, value in load_file(file).items():
             data = value.to(torch.float32)

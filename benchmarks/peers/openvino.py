@@ -12,7 +12,7 @@ from typing import Any
 from accelc.demo.contenders import Generate
 from peers import Job, Peer, timed
 
-PEER = Peer("OpenVINO", requires=("openvino",), copies=3)
+PEER = Peer("OpenVINO", requires=("openvino",), dtypes=("fp32", "bf16", "int8"), copies=3)
 
 
 def prepare(job: Job) -> Path:
@@ -21,7 +21,10 @@ def prepare(job: Job) -> Path:
     if not path.exists():
         import openvino
 
-        openvino.save_model(_convert(job), path, compress_to_fp16=False)
+        converted = _convert(job)
+        if job.dtype == "int8":
+            _compress(converted)
+        openvino.save_model(converted, path, compress_to_fp16=False)
     return path
 
 
@@ -29,7 +32,7 @@ def build(job: Job, prepared: Path) -> Generate:
     import numpy as np
     import openvino
 
-    precision = {"fp32": "f32", "bf16": "bf16"}[job.dtype]
+    precision = "bf16" if job.dtype == "bf16" else "f32"
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": job.threads,
@@ -142,4 +145,23 @@ def _start_empty(model: Any, shape: tuple[int, ...]) -> None:
     for op in model.get_ops():
         if op.get_type_name() == "ReadValue":
             op.set_arguments([empty])
+    model.validate_nodes_and_infer_types()
+
+
+def _compress(model: Any) -> None:
+    """Weights of products in 8 bits a row, symmetric, in the form that the plugin's kernels for such weights take."""
+    import numpy as np
+    from openvino import opset13
+
+    for op in model.get_ops():
+        if op.get_type_name() != "MatMul" or op.input_value(1).get_node().get_type_name() != "Constant":
+            continue
+        weight = op.input_value(1).get_node().data  # [N, K], or [K, N]
+        rows = 1 if op.get_attributes()["transpose_b"] else 0  # the axis that a row's scale is common to
+        scale = np.maximum(np.abs(weight).max(axis=rows, keepdims=True), 1e-12) / 127
+        codes = opset13.constant(np.clip(np.rint(weight / scale), -127, 127).astype(np.int8))
+        floats = opset13.convert(codes, "f32")
+        op.input(1).replace_source_output(
+            opset13.multiply(floats, opset13.constant(scale.astype(np.float32))).output(0)
+        )
     model.validate_nodes_and_infer_types()

@@ -11,7 +11,7 @@ __all__ = ["PEER", "build", "prepare"]
 PEER = Peer(
     "torchao int8, Inductor",
     requires=("torchao",),
-    dtypes=("bf16",),
+    dtypes=("int8",),
     environment={"TORCHINDUCTOR_FREEZING": "1"},
     lossy=True,
 )

@@ -29,6 +29,36 @@ inline void index(const Instruction& ins, Team& team) {
   });
 }
 
+// Rows of a table in few bits (accelc/ir/quantized.py), as floats. tensors: ids [R] (int64), codes [P, lines, 64], scales
+// [P, G, 16], zeros?, out [R, K]; ints: bits, rows of the table
+inline void quantized_embedding(const Instruction& ins, Team& team) {
+  constexpr int LANES = 16, SOME = 256;
+  const Tensor &ids = ins.t(0), &codes = ins.t(1), &scales = ins.t(2), &zeros = ins.t(3), &out = ins.t(4);
+  const int64_t bits = ins.ints[0], words = codes.size[1], per_word = 32 / bits, groups = scales.size[1];
+  const int64_t group = words * per_word / groups, columns = out.size[1];
+  each_row(team, out.size[0], columns, [&](int64_t row) {
+    const int64_t id = team.at<int64_t>(ids)[row * ids.stride[0]];
+    if (id < 0 || id >= ins.ints[1]) return team.fail(1);
+    const int64_t part = id / LANES, lane = id % LANES;
+    const uint8_t* own = team.at<const uint8_t>(codes) + part * words * LANES * 4 + lane * 4;
+    float values[SOME];
+    for (int64_t begin = 0; begin < columns; begin += SOME) {
+      const int64_t end = std::min(begin + SOME, columns);
+      for (int64_t k = begin; k < end; k++) {
+        const uint8_t* word = own + k / per_word * LANES * 4;
+        const int64_t g = (part * groups + k / group) * LANES + lane;
+        float scale, zero = float(1 << (bits - 1));
+        widen(element(team.at<const void>(scales), scales.dtype, g), scales.dtype, &scale, 1);
+        if (zeros) widen(element(team.at<const void>(zeros), zeros.dtype, g), zeros.dtype, &zero, 1);
+        const uint8_t code = bits == 8 ? word[k % 4] : k % 8 < 4 ? word[k % 4] & 15 : word[k % 4] >> 4;
+        values[k - begin] = (float(code) - zero) * scale;
+      }
+      void* to = element(team.at<void>(out), out.dtype, row * out.stride[0] + begin);
+      narrow(values, to, out.dtype, end - begin);
+    }
+  });
+}
+
 // tensors: positions [B, N], lengths [B], out [B, S] (int64)
 inline void key_positions(const Instruction& ins, Team& team) {
   const Tensor &positions = ins.t(0), &lengths = ins.t(1), &out = ins.t(2);

@@ -1,5 +1,5 @@
-"""Products with a weight, in any spelling that a captured program has: which tensor is the weight, how it lies, and what
-else reads it.
+"""Products with a weight, in any spelling that a captured program has: which tensor is the weight, how it lies, and
+what else reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from accelc.ir.program import fetch
 aten = torch.ops.aten
 
 Kind = Literal["linear", "batched", "grouped"]
-"""``linear``: one matrix for all rows; ``batched``: one for each element of a batch; ``grouped``: rows sorted by expert."""
+"""``linear``: one matrix for all rows; ``batched``: one for each element of a batch; ``grouped``: rows sorted by
+expert."""
 
 GROUPED = ("transformers::grouped_mm_fallback", "aten::_grouped_mm")
 """Products of rows, sorted by expert, with a stack of matrices [E, K, N]; the third argument has the experts' ends."""

@@ -17,8 +17,8 @@ ops = torch.ops.accelc
 
 
 def rewrite(program: Program, matrix: Matrix, made: QuantizedWeight) -> int:
-    """Let everything that reads the matrix read `made`, in place; returns how many products that were, of look-ups where
-    there are none.
+    """Let everything that reads the matrix read `made`, in place; returns how many products that were, or look-ups
+    where there are none.
     """
     graph = program.graph
     dtype = fetch(program.module, matrix.path).dtype

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accelc.codegen import CompiledStep, Options
+from accelc.codegen.errors import StepIndexError
 from accelc.ir.errors import InputError
 from accelc.ir.quantized import GROUPS, QuantizedWeight, Scheme
 from accelc.passes.quantize.rounding import round_to_nearest
@@ -145,3 +146,25 @@ def test_number_of_threads_does_not_change_results() -> None:
 def test_other_bits_of_an_activation_are_refused() -> None:
     with pytest.raises(InputError, match="activation_bits=4"):
         Options(activation_bits=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("march", MARCHES)
+@pytest.mark.parametrize("text", ["int8", "int4:g32:asym", "int4:g128", "int8:g64:fp16"])
+def test_rows_of_a_table_are_what_the_codes_stand_for(text: str, march: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    made = round_to_nearest(torch.randn(37, 300, generator=g), Scheme.parse(text))
+    ids = torch.tensor([[0, 36, 15], [16, 36, 1]])
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = (ids, made.codes, made.scales, made.zeros, made.scheme.bits, 300, dtype)
+        gm, tensors = single(torch.ops.accelc.quantized_embedding.default, arguments)
+        step = CompiledStep(gm, tensors, {}, Options(march=march))
+        assert not step.report.foreign
+        assert torch.equal(step(*tensors)[0], made.dequantize(dtype)[ids])
+
+
+def test_rows_outside_a_table_are_refused() -> None:
+    made = round_to_nearest(torch.randn(32, 32), Scheme.parse("int8"))
+    arguments = (torch.tensor([32]), made.codes, made.scales, made.zeros, 8, 32, torch.float32)
+    gm, tensors = single(torch.ops.accelc.quantized_embedding.default, arguments)
+    with pytest.raises(StepIndexError):
+        CompiledStep(gm, tensors, {}, Options())(*tensors)

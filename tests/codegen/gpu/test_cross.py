@@ -53,16 +53,16 @@ def test_the_main_loop_stays_below_the_design_note(mode: str) -> None:
 
 
 def test_weights_reach_the_matrix_instruction_without_an_exchange() -> None:
-    """What the order of the codes is for: shared memory is read for codes (16 bytes a lane and load) and nothing else,
-    and written by copies alone.
+    """What the order of the codes is for: an exchange would write each of the 256 weights of a thread to shared memory,
+    16 bytes at a time. (Triton 3.6 brings the scales of a step to their lanes that way, 3.9 nothing.)
     """
     tile = Tile(128, 16, 4, 3, 2, 1, "exact")
     _, report = product("sm_90", "int4", 16, tile=tile)
     assert report.loop is not None
     ops = report.loop.opcodes
     assert ops["HGMMA"] == 2 * 2 * 128 // 16, "one for each 64 x 16 block of weights"
-    assert ops["STS"] + ops["STSM"] + ops["SHFL"] == 0
-    # Eight loads of codes; the rest is `@!PT LDS RZ`, which loads nothing.
+    assert ops["STS"] + ops["STSM"] + ops["SHFL"] <= 2
+    # Eight loads of codes, and scales; the rest is `@!PT LDS RZ`, which loads nothing.
     assert 8 <= ops["LDS"] <= 20
 
 

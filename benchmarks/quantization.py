@@ -1,0 +1,196 @@
+"""What each quantization costs and saves, on the demo's trained model and text that it was not trained on.
+
+    python benchmarks/quantization.py                   # trains the demo's model first where it is not in the cache
+    python benchmarks/quantization.py --tokens 20000 --repeats 5
+
+Perplexity is that of the held-out files of Python's standard library by a sliding window; calibration text is from the
+training files. Speed is greedy decoding at batch 1, the configurations taking turns. Peak memory is that of a process
+that loads the model's directory, quantizes and decodes, beyond that of one that has imported everything.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from environment import describe
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import accelc
+from accelc.demo.corpus import read_corpus
+from accelc.demo.settings import Settings
+from accelc.demo.tokenizer import encode_files
+from accelc.demo.training import Trained, trained_model
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table: its title and the options of the pass, None for the float model."""
+
+    title: str
+    options: dict[str, Any] | None
+
+
+CONFIGURATIONS = (
+    Configuration("fp32", None),
+    Configuration("int8, row", {"scheme": "int8"}),
+    Configuration("int8, group 32", {"scheme": "int8:g32"}),
+    Configuration("int4, group 128", {"scheme": "int4:g128"}),
+    Configuration("int4, group 128, HQQ", {"scheme": "int4:g128", "method": "hqq"}),
+    Configuration("int4, group 128, AWQ", {"scheme": "int4:g128", "method": "awq"}),
+    Configuration("int4, group 128, GPTQ", {"scheme": "int4:g128", "method": "gptq"}),
+    Configuration("int4, groups chosen", {"scheme": "int4:auto"}),
+    Configuration("int4, group 128, asymmetric", {"scheme": "int4:g128:asym"}),
+    Configuration("int4, group 128, asymmetric, HQQ", {"scheme": "int4:g128:asym", "method": "hqq"}),
+    Configuration("int4, group 32", {"scheme": "int4:g32"}),
+    Configuration("int4, group 32, GPTQ", {"scheme": "int4:g32", "method": "gptq"}),
+)
+
+
+@dataclass
+class Row:
+    """What was measured of a configuration; ``bits``: of a weight, scales included, over all products' weights."""
+
+    title: str
+    bits: float = 0.0
+    perplexity: float = 0.0
+    loss: float = 0.0
+    peak_mb: float = 0.0
+    rates: list[float] = field(default_factory=list)
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="Held-out tokens that are scored.", min=512)] = 16_384,
+    calibration_rows: Annotated[int, typer.Option(help="Calibration windows of 256 tokens.", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Generations of each configuration.", min=1)] = 5,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, a process each.")] = True,
+    out: Annotated[Path, typer.Option(help="Where the files go.")] = RESULTS,
+) -> None:
+    """Measure every configuration; print a table, and write it as JSON and Markdown."""
+    console = Console(highlight=False)
+    settings = Settings()
+    trained = trained_model(settings, console)
+    corpus = read_corpus(settings.corpus_bytes)
+    held_out = encode_files(trained.tokenizer, corpus.held_out.values())[:tokens]
+    text = accelc.Calibration.of_text(
+        encode_files(trained.tokenizer, list(corpus.train.values())[:200]), rows=calibration_rows
+    )
+    rows, decoders = [], []
+    for configuration in track(CONFIGURATIONS, "compiling and scoring", console=console):
+        decoder = accelc.compile(trained.model, max_length=settings.context, quantize=_pass(configuration, text))
+        score = accelc.perplexity(decoder, held_out, window=512, stride=256)
+        rows.append(Row(configuration.title, _bits(decoder), score.perplexity, score.loss))
+        decoders.append(decoder)
+    prompt = held_out[:64]
+    for decoder in decoders:
+        decoder.settle()
+        decoder.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True)
+    for _ in track(range(repeats), "decoding in turns", console=console):
+        for row, decoder in zip(rows, decoders, strict=True):
+            statistics = decoder.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True).statistics
+            row.rates.append(statistics.tokens_per_second)
+    if memory:
+        for row, configuration in track(list(zip(rows, CONFIGURATIONS, strict=True)), "memory", console=console):
+            row.peak_mb = _peak(trained, configuration)
+    console.print(_table(rows))
+    _write(rows, out, console, trained)
+
+
+def _pass(configuration: Configuration, text: accelc.Calibration) -> accelc.QuantizeWeights | None:
+    if configuration.options is None:
+        return None
+    calibrated = configuration.options.get("method") in ("gptq", "awq")
+    return accelc.QuantizeWeights(**configuration.options, calibration=text if calibrated else None)
+
+
+def _bits(decoder: accelc.CompiledDecoder) -> float:
+    """Bits of a weight, of all weights that products read."""
+    from accelc.passes.quantize.products import find_matrices
+
+    step = decoder.programs["step"]
+    tensors = step.tensors()
+    coded = {name.rpartition(".")[0] for name in tensors if name.endswith("quantized.codes")}
+    bits = sum(t.numel() * t.element_size() * 8 for name, t in tensors.items() if name.rpartition(".")[0] in coded)
+    floats = [m for m in find_matrices(step).values() if m.products]
+    weights = sum(tensors[m.path].numel() for m in floats)
+    bits += sum(tensors[m.path].numel() * tensors[m.path].element_size() * 8 for m in floats)
+    return bits / (weights + sum(_weights(step, name) for name in coded))
+
+
+def _weights(step: Any, name: str) -> int:
+    """How many weights the codes under `name` stand for."""
+    reader = next(n for n in step.graph.nodes if n.op == "get_attr" and n.target == f"{name}.codes")
+    product = next(n for n in reader.users if n.target is torch.ops.accelc.quantized_linear.default)
+    codes, bits, rows = step.tensors()[f"{name}.codes"], product.args[5], product.args[6]
+    return int(rows) * codes.shape[-2] * 32 // int(bits)
+
+
+PROBE = """
+import json, resource, sys
+import accelc, torch
+import accelc.compiler, accelc.checkpoints, transformers.models.llama.modeling_llama
+path, options = sys.argv[1], json.loads(sys.argv[2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantize = None if options is None else accelc.QuantizeWeights(**options)
+decoder = accelc.compile(path, max_length=256, quantize=quantize)
+decoder.generate([1, 2, 3], max_new_tokens=8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def _peak(trained: Trained, configuration: Configuration) -> float:
+    """MB that loading, quantizing and decoding take at most; calibrated methods are not measured (0)."""
+    options = configuration.options
+    if options is not None and options.get("method") in ("gptq", "awq"):
+        return 0.0
+    command = [sys.executable, "-c", PROBE, str(trained.path), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.strip().splitlines()[-1]) / 1e3
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="weights in few bits", title_justify="left")
+    table.add_column("weights")
+    for heading in ("bits a weight", "perplexity", "rise", "tokens/s", "peak MB"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row.title, *_figures(row, rows[0]))
+    return table
+
+
+def _figures(row: Row, base: Row) -> list[str]:
+    rise = "-" if row is base else f"{row.perplexity / base.perplexity - 1:+.2%}"
+    peak = f"{row.peak_mb:.0f}" if row.peak_mb else "-"
+    return [f"{row.bits:.2f}", f"{row.perplexity:.3f}", rise, f"{median(row.rates):.0f}", peak]
+
+
+def _write(rows: list[Row], out: Path, console: Console, trained: Trained) -> None:
+    here = describe()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"quantization-{here['commit'] or 'unknown'}.json"
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": here,
+        "model": trained.record,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    lines = ["| weights | bits a weight | perplexity | rise | tokens/s | peak MB |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [f"| {row.title} | {' | '.join(_figures(row, rows[0]))} |" for row in rows]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    console.print(f"Written: {path} and .md next to it", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))
