@@ -150,19 +150,23 @@ def _unpack(
     if ASM:
         if BITS == 4:
             if dtype == tl.bfloat16:
-                text: tl.constexpr = _INT4_BF16_EXACT if EXACT else _INT4_BF16
-                e0, e1, e2, e3 = tl.inline_asm_elementwise(text, _ONE_TO_FOUR, [v], _FOUR_BF16, is_pure=True, pack=2)
+                int4_bf16: tl.constexpr = _INT4_BF16_EXACT if EXACT else _INT4_BF16
+                e0, e1, e2, e3 = tl.inline_asm_elementwise(
+                    int4_bf16, _ONE_TO_FOUR, [v], _FOUR_BF16, is_pure=True, pack=2
+                )
             else:
-                text: tl.constexpr = _INT4_FP16_EXACT if EXACT else _INT4_FP16
-                e0, e1, e2, e3 = tl.inline_asm_elementwise(text, _ONE_TO_FOUR, [v], _FOUR_FP16, is_pure=True, pack=2)
+                int4_fp16: tl.constexpr = _INT4_FP16_EXACT if EXACT else _INT4_FP16
+                e0, e1, e2, e3 = tl.inline_asm_elementwise(
+                    int4_fp16, _ONE_TO_FOUR, [v], _FOUR_FP16, is_pure=True, pack=2
+                )
             return _arrange4(e0, e1, e2, e3, ROWS, COLS, WIDE)
         else:
             if dtype == tl.bfloat16:
-                text: tl.constexpr = _INT8_BF16_EXACT
-                e0, e1 = tl.inline_asm_elementwise(text, _ONE_TO_TWO, [v], _TWO_BF16, is_pure=True, pack=2)
+                int8_bf16: tl.constexpr = _INT8_BF16_EXACT
+                e0, e1 = tl.inline_asm_elementwise(int8_bf16, _ONE_TO_TWO, [v], _TWO_BF16, is_pure=True, pack=2)
             else:
-                text: tl.constexpr = _INT8_FP16_EXACT if EXACT else _INT8_FP16
-                e0, e1 = tl.inline_asm_elementwise(text, _ONE_TO_TWO, [v], _TWO_FP16, is_pure=True, pack=2)
+                int8_fp16: tl.constexpr = _INT8_FP16_EXACT if EXACT else _INT8_FP16
+                e0, e1 = tl.inline_asm_elementwise(int8_fp16, _ONE_TO_TWO, [v], _TWO_FP16, is_pure=True, pack=2)
             return _arrange8(e0, e1, ROWS, COLS, WIDE)
     else:
         u = v.to(tl.uint16, bitcast=True)
@@ -232,13 +236,13 @@ def _lane_values(ptr, band, groups, group, BANDS: tl.constexpr, TURNS: tl.conste
     """
     lane = tl.arange(0, 64)[None, :]
     if TURNS == 1:
-        return tl.load(ptr + (tl.reshape(band, (BANDS, 1)) * groups + group) * 64 + lane)
+        return tl.load(ptr + (tl.reshape(band, (BANDS, 1)) * (groups * 64) + lane) + group * 64)
     else:
         HALF: tl.constexpr = BANDS // 2
         first, second = tl.split(tl.permute(tl.reshape(band, (2, HALF)), (1, 0)))
         both = tl.join(
-            tl.load(ptr + (first[:, None] * groups + group) * 64 + lane),
-            tl.load(ptr + (second[:, None] * groups + group) * 64 + lane),
+            tl.load(ptr + (first[:, None] * (groups * 64) + lane) + group * 64),
+            tl.load(ptr + (second[:, None] * (groups * 64) + lane) + group * 64),
         )
         return tl.reshape(tl.permute(both, (2, 0, 1)), (BANDS, 64))
 
@@ -338,7 +342,7 @@ def quantized_gemm_kernel(
         at = tl.arange(0, 16 * WARPS)[:, None] * STEP + k[None, :]
         ones = tl.load(x_ptr + at, mask=at < -M, other=1.0)
     else:
-        ones = tl.full((16 * WARPS, STEP), 1.0, dtype)
+        ones = tl.full((16 * WARPS, STEP), 1.0, tl.float32).to(dtype)
     RATIO: tl.constexpr = 1 if GROUP == 0 else GROUP // STEP
     # Scales are fetched ahead in registers: they are too narrow for copies to shared memory. The pipeliner takes loops
     # only if what they carry is made in them, so that two steps ahead need an unrolled loop.

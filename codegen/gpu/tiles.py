@@ -103,11 +103,14 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip(108, 1.94e12, 4.0e12, 163 * 1024),
+    "sm_86": Chip(82, 0.94e12, 2.5e12, 99 * 1024, warps=48),
+    "sm_89": Chip(128, 1.01e12, 4.0e12, 99 * 1024, warps=48),
     "sm_90": Chip(132, 3.35e12, 5.5e12, 227 * 1024),
     "sm_100": Chip(148, 8.0e12, 12e12, 227 * 1024),
+    "sm_120": Chip(170, 1.79e12, 6.0e12, 99 * 1024, warps=48),
     "gfx942": Chip(304, 5.3e12, 10e12, 64 * 1024, 131072, 32, 64),
 }
-"""A100, H100, B200, MI300X."""
+"""A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X. Bandwidths of second-level caches are assumptions."""
 LATENCY = 1.2e-6
 """Seconds from a load's issue to its data while the memory is busy (an assumption; loads in flight cover it)."""
 START = 2.0e-6
@@ -203,15 +206,16 @@ def candidates(weight: Weights, count: int, target: str = "sm_90") -> list[Tile]
     chip = chip_of(target)
     steps = weight.steps
     tokens = tokens_of(count)
-    found = []
+    most = 230 if target.startswith("sm_") else 150
+    found: list[tuple[float, int, Tile]] = []
     shapes = ((64, 4), (128, 4), (128, 8), (256, 8))
     for (rows, warps), stages, unroll, split in itertools.product(shapes, (2, 3, 4, 6), (1, 2), (1, 2, 4, 8, 16)):
         if (split > 1 and steps < 2 * split * unroll) or rows >= 2 * max(weight.rows, BAND):
             continue
         for mode in modes(weight, target):
             tile = Tile(rows, tokens, warps, stages, unroll, split, mode)
-            # A thread has at most 255 registers; those of accumulators that do not fit would be spilled.
-            if shared_bytes(tile, weight, target) <= chip.shared and registers(tile, weight, target) <= 230:
+            # A thread has at most 255 registers, and what does not fit is spilled. The estimate is rougher for AMD.
+            if shared_bytes(tile, weight, target) <= chip.shared and registers(tile, weight, target) <= most:
                 found.append((estimate(tile, weight, count, target), len(found), tile))
     if not found:
         raise KernelConfigError(f"no tile fits {weight.rows} x {weight.columns} on {target}", where="candidates")
