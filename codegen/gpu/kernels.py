@@ -287,7 +287,8 @@ def _finish(y, m, n, M, N, out_ptr, bias_ptr, residual_ptr, residual_stride, ACT
     tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+# One kernel serves every number of tokens that takes the same tile.
+@triton.jit(do_not_specialize=["M"])
 def quantized_gemm_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, out_ptr,
     M, N, K, x_stride, residual_stride, bands, units, groups, steps, steps_per_split,
@@ -404,7 +405,7 @@ def quantized_gemm_kernel(
         tl.store(out_ptr + at, acc, mask=(m[None, :] < M) & (n[:, None] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def split_sum_kernel(
     parts_ptr, bias_ptr, residual_ptr, out_ptr, M, N, residual_stride,
     SPLIT: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
