@@ -147,11 +147,12 @@ def compile(
         with report.stage("quantize"):
             step = Pipeline([quantizing]).run(step)
             programs = {"step": step, "prefill": prefill_pipeline().run(step)}
-        run_step = runner(step, backend, capacity, report)
+        run_step = runner(step, backend, capacity, report, quantizing.activation_bits)
         if check != "off":
             with report.stage("check"):
-                confirm_compiled(step, run_step, capacity)
-    run_prefill = runner(programs["prefill"], backend, capacity, report)
+                confirm_compiled(step, run_step, capacity, quantizing.activation_bits)
+    bits = quantizing.activation_bits if quantizing is not None else 16
+    run_prefill = runner(programs["prefill"], backend, capacity, report, bits)
     facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
     if eos is not None:
         check_vocabulary("eos", token_ids("eos", eos), int(facts["vocab_size"]))
@@ -180,14 +181,14 @@ def confirm(model: nn.Module, step: Program, run: Callable[..., Any], capacity: 
     return difference <= allowed(computing_dtype(step)) * spread(expected)  # NaN is no agreement
 
 
-def confirm_compiled(step: Program, run: Callable[..., Any], capacity: int) -> None:
+def confirm_compiled(step: Program, run: Callable[..., Any], capacity: int, activation_bits: int = 16) -> None:
     """Raise CheckError unless a step whose weights were quantized after its check computes, when compiled, what its
-    graph does. Kernels round activations to 16 bits, so fp32 models are allowed their share of that.
+    graph does. Kernels round activations, so fp32 models are allowed their share of that.
     """
     tokens = confirming_tokens(step)
     expected = run_in_chunks(step, step.run, tokens, capacity)
     error = float((run_in_chunks(step, run, tokens, capacity) - expected).abs().max()) / spread(expected)
-    bound = max(allowed(computing_dtype(step)), 5e-3)
+    bound = max(allowed(computing_dtype(step)), 5e-3 if activation_bits == 16 else 0.2)
     if not error <= bound:
         raise CheckError(
             f"the compiled quantized step differs from its graph: {error:.2e} of the logits' spread "
@@ -235,14 +236,17 @@ def load_model_for(
     return load_quantized(path, quantizing.scheme, dtype=dtype, **options), left
 
 
-def runner(program: Program, backend: Backend, capacity: int, report: CompileReport) -> Callable[..., Any]:
+def runner(
+    program: Program, backend: Backend, capacity: int, report: CompileReport, activation_bits: int = 16
+) -> Callable[..., Any]:
     """What runs a program: its compiled form, or its graph node by node."""
     if backend == "eager":
         return program.run
     sizes = {"tokens": (1, 1), "positions": (1, 1), "lengths": (1,), "last": (1,)}
     examples = [torch.zeros(sizes[name], dtype=torch.int64) for name in program.inputs]
     examples += [torch.empty(spec.sizes(1, capacity), dtype=spec.dtype, device="meta") for spec in program.states]
-    options = Options(huge_pages="last" not in program.inputs)  # the prefill's weights are the step's
+    # The prefill's weights are the step's.
+    options = Options(huge_pages="last" not in program.inputs, activation_bits=activation_bits)
     with report.stage("codegen"):
         compiled: CompiledStep = compile_program(program.module, examples, options=options)
     report.compiled[program.name] = compiled.report

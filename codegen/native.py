@@ -13,6 +13,7 @@ import functools
 import shutil
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from accelc.codegen.cache import cache_dir, cached, content_key
@@ -71,7 +72,20 @@ def _build(target: Path, flags: list[str]) -> None:
     compiler = cpp_compiler()
     if compiler is None or shutil.which(compiler) is None:
         raise ToolchainError("No C++ compiler was found.", where=f"compiling {SOURCE.name}/kernels.cpp")
-    command = [compiler, *flags, str(SOURCE / "kernels.cpp"), "-o", str(target)]
+    units = sorted(SOURCE.glob("*.cpp"))
+    objects = [target.with_name(f"{target.name}.{unit.stem}.o") for unit in units]
+    compiling = [flag for flag in flags if flag != "-shared"]
+    commands = [[compiler, *compiling, "-c", str(u), "-o", str(o)] for u, o in zip(units, objects)]
+    try:
+        with ThreadPoolExecutor(len(units)) as pool:  # a process each
+            list(pool.map(_run, commands))
+        _run([compiler, *flags, *map(str, objects), "-o", str(target)])
+    finally:
+        for path in objects:
+            path.unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ToolchainError(f"The C++ compiler failed:\n{done.stderr[-2000:]}", where=" ".join(command[:-2]))

@@ -1,12 +1,11 @@
 // The executor of compiled steps, behind a C interface: create a plan from words, run a range of its instructions.
 #include "attention.h"
-#include "linear.h"
 #include "plan.h"
 #include "rows.h"
 #include "index.h"
 #include "map.h"
 #include "product.h"
-#include "quantized.h"
+#include "weights.h"
 #include <omp.h>
 #include <sched.h>
 
@@ -31,10 +30,10 @@ int64_t no_scratch(const Instruction&) { return 0; }
 
 // In the order of accelc.codegen.instructions.OPS.
 constexpr Op OPS[] = {
-    {linear, no_scratch},        {attention, Attention::scratch}, {norm, norm_scratch}, {rotary, rotary_scratch},
+    {run_linear, no_scratch},        {attention, Attention::scratch}, {norm, norm_scratch}, {rotary, rotary_scratch},
     {pointwise, pointwise_scratch}, {copy, no_scratch},           {gather, no_scratch}, {cache_update, no_scratch},
     {product, Product::scratch}, {softmax, softmax_scratch},      {map, no_scratch},  {index, no_scratch},
-    {key_positions, no_scratch}, {visible, no_scratch}, {quantized_linear, no_scratch},
+    {key_positions, no_scratch}, {visible, no_scratch}, {run_quantized_linear, no_scratch},
     {quantized_embedding, no_scratch},
 };
 

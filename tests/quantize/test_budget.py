@@ -1,0 +1,109 @@
+"""Plans: schemes chosen by measured sensitivity, within a size or a loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+
+from accelc.capture import capture
+from accelc.ir import Program
+from accelc.ir.errors import InputError
+from accelc.ir.quantized import Scheme
+from accelc.passes import Pipeline
+from accelc.passes.quantize.budget import QuantizationPlan, plan_quantization
+from accelc.passes.quantize.calibration import Calibration
+from accelc.passes.quantize.granularity import Option, spend
+from accelc.pipeline import step_pipeline
+
+
+@pytest.fixture(scope="module")
+def step() -> Program:
+    model = FAMILIES["llama"].build()
+    with torch.no_grad():  # one weight matters far more than the others, one not at all
+        model.model.layers[1].mlp.down_proj.weight.mul_(6)
+        model.model.layers[0].self_attn.o_proj.weight.mul_(1e-3)
+    return step_pipeline().run(capture(model, max_length=32))
+
+
+@pytest.fixture(scope="module")
+def text() -> Calibration:
+    return Calibration(torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(1)))
+
+
+def size_in(step: Program, scheme: str) -> float:
+    from accelc.passes.quantize.granularity import bits_of
+    from accelc.passes.quantize.products import find_matrices
+
+    found = [m for m in find_matrices(step).values() if m.products]
+    return sum(bits_of(Scheme.parse(scheme), tuple(m.weight(step).shape)) for m in found) / 8
+
+
+def test_bytes_go_where_they_matter(step: Program, text: Calibration) -> None:
+    budget = 0.6 * size_in(step, "int4:g32") + 0.4 * size_in(step, "int8:g32")
+    seen: list[tuple[str, int, int]] = []
+    plan = plan_quantization(step, text, max_bytes=budget, progress=lambda *done: seen.append(done))
+    assert plan.size <= budget
+    per_byte = {c.path: c.sensitivity / (c.shape[0] * c.shape[1]) for c in plan.choices}
+    bits = {c.path: 8 * c.size / (c.shape[0] * c.shape[1]) for c in plan.choices}
+    assert min(per_byte, key=per_byte.__getitem__) == "model.layers.0.self_attn.o_proj.weight"
+    assert bits[max(per_byte, key=per_byte.__getitem__)] > 8 > 5 > bits["model.layers.0.self_attn.o_proj.weight"]
+    everything = plan_quantization(step, text, max_bytes=budget, schemes=["int4:g64"])
+    assert plan.measured < everything.measured
+    assert seen[-1][1:] == (len(plan.choices), len(plan.choices))
+    made = Pipeline([plan.to_pass()]).run(step)
+    assert made.history[-1].matches == len(plan.choices)
+
+
+def test_a_tolerated_loss_is_kept_and_used(step: Program, text: Calibration) -> None:
+    coarse = plan_quantization(step, text, max_bytes=1e9, schemes=["int4:g64"])
+    fine = plan_quantization(step, text, max_bytes=1e9, schemes=["int8:g32"])
+    limit = (coarse.measured * fine.measured) ** 0.5
+    plan = plan_quantization(step, text, max_loss=limit)
+    assert plan.measured <= limit
+    assert plan.size < fine.size
+
+
+def test_plans_are_files(step: Program, text: Calibration, tmp_path: Path) -> None:
+    plan = plan_quantization(step, text, max_bytes=1e9)
+    plan.save(tmp_path / "plan.json")
+    assert QuantizationPlan.load(tmp_path / "plan.json") == plan
+    (tmp_path / "plan.json").write_text('{"weights": [{"path": "a"}]}')
+    with pytest.raises(InputError, match="no quantization plan"):
+        QuantizationPlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({}, "one budget"), ({"max_bytes": 1.0, "max_loss": 1.0}, "one budget"), ({"max_bytes": 10.0}, "at least"),
+     ({"max_loss": 1e-12}, "finest")],
+)  # fmt: skip
+def test_budgets_that_cannot_be_kept_are_named(step: Program, text: Calibration, options: dict, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        plan_quantization(step, text, **options)
+
+
+def test_spending_is_as_good_as_trying_everything() -> None:
+    """Against all combinations, up to the one step of the hull that a knapsack by slopes may waste."""
+    import itertools
+    import random
+
+    random.seed(0)
+    scheme = Scheme()
+    for _ in range(50):
+        options = {name: [Option(scheme, random.randint(1, 20), random.random()) for _ in range(4)] for name in "abcd"}
+        budget = random.randint(8, 60)
+        least = sum(min(o.bits for o in each) for each in options.values())
+        chosen = spend(options, budget)
+        if least > budget:
+            continue
+        assert sum(o.bits for o in chosen.values()) <= budget
+        best = min(
+            sum(o.loss for o in combination)
+            for combination in itertools.product(*options.values())
+            if sum(o.bits for o in combination) <= budget
+        )
+        widest = max(max(o.loss for o in each) - min(o.loss for o in each) for each in options.values())
+        assert sum(o.loss for o in chosen.values()) <= best + widest
