@@ -1,8 +1,9 @@
-"""The command line: `accelc generate`, `accelc eval`, `accelc doctor`, `accelc passes`, `accelc demo`."""
+"""The command line: `accelc generate`, `eval`, `plan-quantize`, `doctor`, `passes` and `demo`."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,6 +161,54 @@ def evaluate(
         typer.echo(json.dumps({**asdict(result), "perplexity": result.perplexity, "model": str(model)}))
     else:
         typer.echo(str(result))
+
+
+@app.command("plan-quantize")
+def plan_quantize(
+    model: MODEL,
+    texts: Annotated[list[Path], typer.Argument(help="Calibration text files, read as one text.")],
+    max_bytes: Annotated[float | None, typer.Option(help="Bytes that all weights may take.")] = None,
+    max_rise: Annotated[
+        float | None, typer.Option(help="Tolerated rise of the perplexity, 0.01 for one percent.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the plan goes; a plot goes next to it.")] = Path("plan.json"),
+    rows: Annotated[int, typer.Option(min=1, help="Pieces of text that the program is run on.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 256,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+) -> None:
+    """Choose scheme and group of each weight by measured sensitivity, for a size or a tolerated loss.
+
+    Use the plan by `accelc.compile(model, quantize=QuantizationPlan.load("plan.json").to_pass())`.
+    """
+    from rich.progress import Progress
+
+    from accelc.evaluate import read_texts
+    from accelc.passes.quantize.budget import plan_quantization
+    from accelc.quantization_report import plot_plan, render_plan
+    from accelc.runtime.text import encode
+
+    with _named_errors():
+        text = read_texts(texts)
+        decoder = _compiled(model, length, dtype, None, eager=False)
+        calibration = accelc.Calibration.of_text(encode(decoder.tokenizer, text), rows=rows, length=length)
+        with Progress(console=errors, transient=True) as bar:
+            tasks: dict[str, Any] = {}
+
+            def progress(what: str, done: int, total: int) -> None:
+                task = tasks.setdefault(what, bar.add_task(what, total=total) if what not in tasks else None)
+                bar.update(task, completed=done)
+
+            plan = plan_quantization(
+                decoder.programs["step"],
+                calibration,
+                max_bytes=max_bytes,
+                max_loss=None if max_rise is None else math.log1p(max_rise),
+                progress=progress,
+            )
+        plan.save(out)
+        plot = plot_plan(plan, out.with_suffix(".svg"))
+    Console().print(render_plan(plan))
+    typer.echo(f"Written: {out}" + (f" and {plot}" if plot else " (no plot: matplotlib is not installed)"))
 
 
 @app.command()

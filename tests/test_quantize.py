@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from families import FAMILIES
 from torch import nn
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ import accelc
 from accelc.cli import app
 from accelc.ir.errors import ExactnessError, InputError, OptionValueError
 from accelc.ir.quantized import Scheme
+from accelc.passes.quantize.budget import QuantizationPlan
 from accelc.passes.quantize.rounding import round_to_nearest
 
 PROMPT = torch.tensor([5, 9, 11, 4])
@@ -107,29 +110,50 @@ def test_the_drop_in_backend_quantizes_any_module() -> None:
     torch.compiler.reset()
 
 
-def test_eval_states_the_loss_on_the_command_line(tmp_path: Path) -> None:
-    import json
-
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer of letters, and a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    path = tmp_path_factory.mktemp("model")
     vocabulary = {f"<{i}>": i for i in range(97 - 26)} | {chr(97 + i): 71 + i for i in range(26)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    FAMILIES["llama"].build().save_pretrained(tmp_path)
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<0>").save_pretrained(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("thequickbrownfoxjumpsoverthelazydog" * 3)
+    FAMILIES["llama"].build().save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<0>").save_pretrained(path)
+    (path / "text.txt").write_text("thequickbrownfoxjumpsoverthelazydog" * 3)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_eval_states_the_loss_on_the_command_line(directory: Path) -> None:
     losses = {}
     for scheme in (None, "int8", "int4"):
         options = [] if scheme is None else ["--quantize", scheme]
-        command = ["eval", str(tmp_path), str(text), "--window", "32", "--json", "--max-length", "64", *options]
-        result = CliRunner().invoke(app, command)
+        shape = ["--window", 32, "--max-length", 64]
+        result = run("eval", directory, directory / "text.txt", "--json", *shape, *options)
         assert result.exit_code == 0, result.output
         found = json.loads(result.stdout.strip().splitlines()[-1])
         assert found["tokens"] == 104
         losses[scheme] = found["loss"]
     assert losses["int8"] == pytest.approx(losses[None], rel=1e-2)
     assert abs(losses["int8"] - losses[None]) < abs(losses["int4"] - losses[None])
-    missing = CliRunner().invoke(app, ["eval", str(tmp_path), str(tmp_path / "none.txt")])
-    assert missing.exit_code == 1
+    assert run("eval", directory, directory / "none.txt").exit_code == 1
+
+
+def test_a_plan_is_made_on_the_command_line(directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    shape = ["--rows", 2, "--length", 32]
+    result = run("plan-quantize", directory, directory / "text.txt", "--max-bytes", 70_000, "--out", out, *shape)
+    assert result.exit_code == 0, result.output
+    plan = QuantizationPlan.load(out)
+    assert plan.size <= 70_000
+    assert out.with_suffix(".svg").stat().st_size > 1000
+    decoder = accelc.compile(FAMILIES["llama"].build(), max_length=32, quantize=plan.to_pass(), cache=False)
+    assert len(decoder.generate(PROMPT, max_new_tokens=4, ignore_eos=True).tokens[0]) == 4
+    both = run("plan-quantize", directory, directory / "text.txt", "--max-bytes", 1e5, "--max-rise", 0.1, "--out", out)
+    assert both.exit_code == 1
