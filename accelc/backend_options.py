@@ -46,7 +46,8 @@ class BackendOptions:
 
     def pipeline(self) -> Pipeline:
         """The default passes and the user's, ordered; a default pass that the user configured runs as configured."""
-        passes = [*self.passes, *([] if self.quantize is None else [quantization(self.quantize)])]
+        quantizing = quantization(self.quantize)
+        passes = [*self.passes, *([] if quantizing is None else [quantizing])]
         given = {one.name for one in passes}
         defaults = [build_pass(name) for name in DEFAULT_PASSES if name not in given]
         return Pipeline([*defaults, *map(optional, passes)], disabled=self.disable)

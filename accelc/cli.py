@@ -195,8 +195,9 @@ def plan_quantize(
             tasks: dict[str, Any] = {}
 
             def progress(what: str, done: int, total: int) -> None:
-                task = tasks.setdefault(what, bar.add_task(what, total=total) if what not in tasks else None)
-                bar.update(task, completed=done)
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done)
 
             plan = plan_quantization(
                 decoder.programs["step"],

@@ -246,7 +246,7 @@ def runner(
     examples = [torch.zeros(sizes[name], dtype=torch.int64) for name in program.inputs]
     examples += [torch.empty(spec.sizes(1, capacity), dtype=spec.dtype, device="meta") for spec in program.states]
     # The prefill's weights are the step's.
-    options = Options(huge_pages="last" not in program.inputs, activation_bits=activation_bits)
+    options = Options(huge_pages="last" not in program.inputs, activation_bits=8 if activation_bits == 8 else 16)
     with report.stage("codegen"):
         compiled: CompiledStep = compile_program(program.module, examples, options=options)
     report.compiled[program.name] = compiled.report

@@ -95,14 +95,14 @@ def check_step(
     if "tree" in step.inputs:
         runs.append(("tree", _run_tree(step, run, states(), forward, tokens, vocabulary, generator)))
     for name, pairs in runs:
-        error = max(float((got.double() - want).abs().max()) for got, want in pairs) / scale
-        if not error <= bound:  # also catches NaN
+        furthest = max(float((got.double() - want).abs().max()) for got, want in pairs) / scale
+        if not furthest <= bound:  # also catches NaN
             raise CheckError(
-                f"the derived step differs from the forward when run {name}: {error:.2e} of the logits' spread "
+                f"the derived step differs from the forward when run {name}: {furthest:.2e} of the logits' spread "
                 f"(allowed {bound:.0e})",
                 where=f"program {step.name!r}, states {[s.name for s in step.states]}",
             )
-        modes.append(Mode(name, error))
+        modes.append(Mode(name, furthest))
     return tuple(modes)
 
 
