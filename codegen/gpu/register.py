@@ -1,6 +1,6 @@
 """Gives `accelc::quantized_linear` its CUDA kernel, and keeps each weight in the order of that kernel.
 
-`register` is called by whoever puts a program on a GPU, once; until then the operation runs its reference there.
+Importing `accelc.codegen` registers it; Triton is imported when it first runs.
 """
 
 from __future__ import annotations
