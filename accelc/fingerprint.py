@@ -14,7 +14,7 @@ import hashlib
 import logging
 import sys
 import types
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ _IRRELEVANT = frozenset(
     }
 )  # fmt: skip
 """Where a model came from and what it has complained about; no forward depends on it."""
-_PRINTED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload)
+_PRINTED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload, PurePath)
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType)
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import accelc
 from accelc.ir import errors
-from accelc.ir.errors import AccelcError, CheckError, DeriveError, NonFiniteLogitsError, NotCausalError
+from accelc.ir.errors import AccelcError, CaptureError, CheckError, DeriveError, NonFiniteLogitsError, NotCausalError
 
 
 class Model(nn.Module):
@@ -60,7 +60,7 @@ class OverAllTokens(Model):
     [
         (FromTheEnd, NotCausalError, "when the sequence ends after", "positions counted from the end"),
         (NoMask, NotCausalError, "when tokens from position", "attention without a causal mask"),
-        (Random, NotCausalError, "when it is run again", "no dropout"),
+        (Random, CaptureError, "for the same ids", "random numbers"),
         (NoNumber, NonFiniteLogitsError, "NaN", "Check the weights"),
         (OverTheBatch, CheckError, "of the logits' spread", "statistics over the batch"),
         (OverAllTokens, DeriveError, "reduces over the sequence", "a running sum"),

@@ -121,7 +121,10 @@ def test_the_operations_agree_with_the_weights(text: str) -> None:
     ops = torch.ops.accelc
     torch.testing.assert_close(ops.dequantize(*tensors, bits, 37, 100, torch.float32), weight)
     torch.testing.assert_close(
-        ops.quantized_linear(x, *tensors, bias, bits, 37), torch.nn.functional.linear(x, weight, bias)
+        ops.quantized_linear(x, *tensors, bias, bits, 37),
+        torch.nn.functional.linear(x, weight, bias),
+        atol=1e-3,  # the kernel that `accelc.codegen` registers rounds x to 16 bits
+        rtol=1e-3,
     )
     torch.testing.assert_close(ops.quantized_embedding(ids, *tensors, bits, 100, torch.float32), weight[ids])
     for op, arguments in (
