@@ -5,6 +5,7 @@
 // cache while all rows of x pass over it. Each dot product is summed in lanes and folded once at its end.
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include "plan.h"
 
 namespace accelc {
@@ -25,6 +26,18 @@ template <> struct Dot<bf16> {  // pairs of bf16 into one fp32 lane
   typedef __m512bh operand;
   static operand get(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static vf mac(operand a, operand b, vf acc) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
+};
+#elif defined(__AVX2__)
+template <> struct Dot<bf16> {  // even and odd elements apart: a shift and a mask widen them, no lane is crossed
+  static constexpr int STEP = 2 * W;
+  struct operand { vf even, odd; };
+  static operand get(const bf16* p) {
+    typedef uint32_t bits __attribute__((vector_size(sizeof(vf))));
+    bits v;
+    std::memcpy(&v, p, sizeof(v));
+    return {(vf)(v << 16), (vf)(v & 0xffff0000u)};
+  }
+  static vf mac(operand a, operand b, vf acc) { return a.odd * b.odd + (a.even * b.even + acc); }
 };
 #endif
 
