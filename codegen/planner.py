@@ -170,7 +170,11 @@ def _constants(graph: fx.Graph, values: Mapping[fx.Node, Any], kinds: Mapping[fx
 
 
 def _product(ins: Instruction, gemm_rows: int) -> Instruction | Gemm:
-    """Products of many rows are torch's."""
+    """Products of many rows are torch's, where its are faster.
+
+    With AVX2 alone torch multiplies half precision 4 to 5 times as slowly as the kernel here (Zen 3, 32 to 256 rows of
+    2048 x 2048), at AVX-512 and in fp32 1.1 to 1.7 times as fast.
+    """
     if ins.op == "linear":
         x, weight, bias, _, out = ins.arrays
     elif ins.op == "product":
@@ -179,6 +183,8 @@ def _product(ins: Instruction, gemm_rows: int) -> Instruction | Gemm:
     else:
         return ins
     if x is None or weight is None or out is None or x.size[-2] <= gemm_rows:
+        return ins
+    if ins.op == "linear" and x.dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2":
         return ins
     if x.ndim > 2:
         x, weight, out = (a.batched() for a in (x, weight, out))
