@@ -16,21 +16,15 @@ from torch import Tensor
 from accelc.codegen.errors import ToolchainError
 from accelc.codegen.options import Options
 from accelc.codegen.step import CompiledStep
-from accelc.ir.quantized_ops import (
-    quantized_grouped_linear,
-    quantized_grouped_linear_reference,
-    quantized_linear,
-    quantized_linear_reference,
-)
+from accelc.ir.quantized_ops import quantized_linear, quantized_linear_reference
 
 Form = tuple[torch.dtype, torch.Size, torch.Size, torch.dtype, bool, torch.dtype | None, int, int, int]
 """All but the number of rows that a kernel's plan depends on."""
 
 
 def register_kernels() -> None:
-    """Make the kernels what the operations run on CPU tensors."""
+    """Make the kernel what `accelc::quantized_linear` runs on CPU tensors, and with it products of stacks of experts."""
     quantized_linear.register_kernel("cpu")(linear)
-    quantized_grouped_linear.register_kernel("cpu")(grouped_linear)
 
 
 def linear(
@@ -49,13 +43,6 @@ def linear(
         return quantized_linear_reference(x, codes, scales, zeros, bias, bits, rows)
     tensors = [t.detach() for t in (flat, codes, scales, zeros, bias) if t is not None]
     return step(*tensors)[0].reshape(*x.shape[:-1], rows)
-
-
-def grouped_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, ends: Tensor, bits: int, rows: int
-) -> Tensor:
-    """`accelc::quantized_grouped_linear`: the reference, whose products are by `linear`."""
-    return quantized_grouped_linear_reference(x, codes, scales, zeros, ends, bits, rows)
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from accelc.ir.errors import InputError, OptionValueError
 from accelc.ir.program import fetch
 from accelc.ir.quantized import QuantizedWeight, Scheme
 from accelc.passes.base import Pass, PassResult
-from accelc.passes.quantize.calibration import Calibration, run_calibrated
+from accelc.passes.quantize.calibration import Calibration
 from accelc.passes.quantize.granularity import BASE, Option, bits_of, candidates, choose_groups, relative_error
 from accelc.passes.quantize.methods import CALIBRATED, METHODS, calibrated
 from accelc.passes.quantize.norm_scaling import scale_norms
@@ -175,7 +175,7 @@ class QuantizeWeights(Pass):
         """The quantized weights, one at a time; those that need calibration all at once, after their run."""
         done: dict[str, QuantizedWeight] = {}
         if self.method == "gptq":
-            done = calibrated(program, chosen, schemes, self._text(), run_calibrated)
+            done = calibrated(program, chosen, schemes, self._text())
         method = METHODS.get(self.method, METHODS["rtn"])
         for path, matrix in chosen.items():
             yield path, done.pop(path) if path in done else method(matrix.weight(program), schemes[path])

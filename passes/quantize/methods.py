@@ -9,7 +9,7 @@ from torch import Tensor
 
 from accelc.ir import Program
 from accelc.ir.quantized import QuantizedWeight, Scheme
-from accelc.passes.quantize.calibration import Calibration, Made
+from accelc.passes.quantize.calibration import Calibration, run_calibrated
 from accelc.passes.quantize.gptq import gptq
 from accelc.passes.quantize.half_quadratic import half_quadratic
 from accelc.passes.quantize.products import Matrix, Product
@@ -23,11 +23,9 @@ METHODS: dict[str, Callable[[Tensor, Scheme], QuantizedWeight]] = {
 CALIBRATED = ("gptq", "awq")
 """What needs calibration text. "awq" rounds as "rtn" does, after scaling (`norm_scaling`)."""
 
-Runner = Callable[[Program, Mapping[str, Matrix], Calibration, Made], None]
-
 
 def calibrated(
-    program: Program, matrices: Mapping[str, Matrix], schemes: Mapping[str, Scheme], text: Calibration, run: Runner
+    program: Program, matrices: Mapping[str, Matrix], schemes: Mapping[str, Scheme], text: Calibration
 ) -> dict[str, QuantizedWeight]:
     """GPTQ for every matrix, each with the second moments of its own inputs (of each expert's, in stacks)."""
     done: dict[str, QuantizedWeight] = {}
@@ -40,7 +38,7 @@ def calibrated(
             done[matrix.path] = _by_expert(weight, x, ends.tolist(), scheme)
         return done[matrix.path]
 
-    run(program, matrices, text, made)
+    run_calibrated(program, matrices, text, made)
     return done
 
 
