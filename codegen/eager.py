@@ -23,7 +23,7 @@ Form = tuple[torch.dtype, torch.Size, torch.Size, torch.dtype, bool, torch.dtype
 
 
 def register_kernels() -> None:
-    """Make the kernel what `accelc::quantized_linear` runs on CPU tensors, and with it products of stacks of experts."""
+    """Make the kernel what `accelc::quantized_linear`, and so the products of stacks, run on CPU tensors."""
     quantized_linear.register_kernel("cpu")(linear)
 
 
