@@ -138,23 +138,27 @@ int32_t accelc_plan_run(void* plan, void* const* bases, int64_t begin, int64_t e
 }
 
 // Reads memory with all threads at once and does nothing with it: for measuring the bandwidth. Pieces are handed out as the
-// executor does, so that beside other processes both lose alike. bytes: a multiple of 4096.
-float accelc_read(const float* data, int64_t bytes, int32_t threads) {
+// executor does, so that beside other processes both lose alike, and read as one stream or as several, up to 8, whatever the
+// memory likes best. bytes: a multiple of 4096.
+float accelc_read(const float* data, int64_t bytes, int32_t streams, int32_t threads) {
   using namespace accelc;
-  constexpr int64_t PIECE = 16;  // pages
+  constexpr int64_t PIECE = 256;  // pages
+  constexpr int STREAMS = 8;
   float result = 0;
   int64_t pages = bytes / 4096;
+  streams = std::min(streams, STREAMS);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : result)
   for (int64_t page = 0; page < pages; page += PIECE) {
     const float *p = data + page * 1024, *end = data + std::min(pages, page + PIECE) * 1024;
-    vf a = splat(0), b = a, c = a, d = a;
-    for (; p < end; p += 4 * W) {
-      a += load(p);
-      b += load(p + W);
-      c += load(p + 2 * W);
-      d += load(p + 3 * W);
-    }
-    result += hsum((a + b) + (c + d));
+    const int64_t each = (end - p) / streams / (4 * W) * (4 * W);
+    vf sums[4] = {};
+    auto read = [&](const float* from) {
+      for (int u = 0; u < 4; u++) sums[u] += load(from + u * W);
+    };
+    for (int64_t i = 0; i < each; i += 4 * W)
+      for (int s = 0; s < streams; s++) read(p + s * each + i);
+    for (p += each * streams; p < end; p += 4 * W) read(p);
+    result += hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return result;
 }

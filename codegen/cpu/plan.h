@@ -1,5 +1,6 @@
 // What a compiled step is to the machine: a list of instructions over described buffers, run by a team of threads.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -63,6 +64,23 @@ struct Team {
     work++;
   }
   template <class T> T* at(const Tensor& t) const { return (T*)((char*)bases[t.base] + t.offset); }
+};
+
+// Shares [0, count) out in pieces of multiples of `unit`, large ones first (long streams), small ones last (threads that end
+// together): always a part of what is left, but not below LEAST bytes. `bytes`: of one.
+struct Pieces {
+  static constexpr int64_t LEAST = 65536;
+  int64_t count, unit, bytes;
+  int threads;
+  bool take(Team& team, int64_t& begin, int64_t& end) const {
+    const int64_t least = std::max<int64_t>(unit, LEAST / std::max<int64_t>(bytes, 1) / unit * unit);
+    int64_t item = team.next();
+    for (begin = 0; begin < count; begin = end, item--) {  // the pieces before it follow from its number alone
+      end = std::min(count, begin + std::max(least, (count - begin) / (2 * threads) / unit * unit));
+      if (item == 0) return true;
+    }
+    return false;
+  }
 };
 
 struct Instruction {

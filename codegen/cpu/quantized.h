@@ -61,112 +61,148 @@ struct Fixed {
   }
 };
 
+// Weights by blocks of 16 rows. A thread's piece is read by several readers, each in a part of its own, as in linear.h.
 template <class D> struct Quantized {
-  static constexpr int LANES = 16, N = 2;  // rows of weights in a line; vectors of W rows that a tile takes
-  static constexpr int64_t TOGETHER = 64, AHEAD = 4096;  // rows of x that are summed at once; bytes ahead to prefetch
+  static constexpr int LANES = 16, V = LANES / W;                   // rows and vectors of a block
+  static constexpr int N = V > 2 ? V : 2, BLOCKS = N / V;           // vectors and blocks that share what `D::add` loads of x
+  static constexpr int64_t TOGETHER = 64, AHEAD = 4096;             // rows of x summed at once; bytes to prefetch ahead
+  static constexpr int readers(int m) { return m == 1 ? 4 : 2; }    // blocks at once, as sums fit in registers
+  static constexpr int groups(int m) { return readers(m) > BLOCKS && m < 3 ? readers(m) / BLOCKS : 1; }
   const Fixed& x;
   const uint8_t* codes;
   const void *scales, *zeros;
   int32_t scale_dtype;
-  int64_t blocks, lines, groups;  // blocks of 16 rows, their lines of 64 bytes, their groups: each a segment, or one in all
+  int64_t lines, scales_each;  // lines of 64 bytes of a block; its groups: each a segment, or one in all
+  const void* bias;
+  int32_t bias_dtype, out_dtype;
+  void* out;
+  int64_t n_size, ldo;
 
-  // out[M][N] += rows m .. m + M of x times `count` lines of codes, of segment s
-  template <int M> void tile(const uint8_t* const* at, int64_t count, int64_t ahead, int64_t m, int64_t s, const vf* scale,
-                             const vf* zero, vf* out) const {
+  // Where G times BLOCKS blocks lie; moves along.
+  template <int G> struct Place {
+    static constexpr int COUNT = G * BLOCKS;
+    int64_t block[COUNT], scale[COUNT];
+    const uint8_t* at[COUNT];
+  };
+  template <int G> Place<G> place(int64_t first, int64_t apart, int64_t last) const {
+    Place<G> p;
+    for (int j = 0; j < p.COUNT; j++) {
+      p.block[j] = std::min(first + j * apart, last);  // beyond the last it is computed again
+      p.at[j] = codes + p.block[j] * lines * 64;
+      p.scale[j] = p.block[j] * scales_each * LANES;
+    }
+    return p;
+  }
+
+  // sums[M][G * N] += rows m .. m + M of x times `count` lines of codes, of segment s
+  template <int M, int G> void tile(const Place<G>& from, int64_t count, int64_t ahead, int64_t m, int64_t s, const vf* scale,
+                                    const vf* zero, vf* sums) const {
     constexpr int WORDS = D::LINES * D::WORDS;
     const int32_t* words = x.words + s * x.m_size * x.room + m * WORDS;
-    vi acc[M][N][D::SUMS] = {};
-    for (int64_t l = 0; l < count; l += D::LINES, words += x.m_size * WORDS) {
-      const uint8_t* line[N];
+    vi acc[G][M][N][D::SUMS] = {};
+    for (int64_t l = 0; l < count; l += D::LINES, words += x.m_size * WORDS)
       UNROLL
-      for (int n = 0; n < N; n++) {
-        line[n] = at[n] + l * 64;
-        if (n * W % LANES == 0)
-          UNROLL
-          for (int p = 0; p < D::LINES; p++) __builtin_prefetch(line[n] + p * 64 + ahead, 0, 2);
+      for (int g = 0; g < G; g++) {
+        const uint8_t* line[N];
+        UNROLL
+        for (int n = 0; n < N; n++) {
+          line[n] = from.at[g * BLOCKS + n / V] + l * 64 + n % V * W * 4;
+          if (ahead && n % V == 0)
+            UNROLL
+            for (int p = 0; p < D::LINES; p++) __builtin_prefetch(line[n] + p * 64 + ahead, 0, 2);
+        }
+        D::template add<M, N>(acc[g], line, words);
       }
-      D::template add<M, N>(acc, line, words);
-    }
     const float *step = x.step + s * x.m_size + m, *sum = x.sum + s * x.m_size + m;
     UNROLL
     for (int i = 0; i < M; i++)
       UNROLL
-      for (int n = 0; n < N; n++)
-        out[i * N + n] += (D::total(acc[i][n]) - zero[n] * sum[i]) * (scale[n] * step[i]);
+      for (int j = 0; j < G * N; j++)
+        sums[i * G * N + j] += (D::total(acc[j / N][i][j % N]) - zero[j] * sum[i]) * (scale[j] * step[i]);
   }
-
-  // Where N vectors of rows of weights lie, from vector p on; beyond the last it is computed again.
-  struct Place {
-    const uint8_t* at[N];
-    int64_t scale[N];
-  };
-  Place place(int64_t p) const {
-    Place to;
-    for (int n = 0; n < N; n++) {
-      int64_t block = std::min((p + n) * W / LANES, blocks - 1), lane = (p + n) * W % LANES;
-      to.at[n] = codes + block * lines * 64 + lane * 4;
-      to.scale[n] = block * groups * LANES + lane;
-    }
-    return to;
-  }
-  void load_scales(const Place& from, vf* scale, vf* zero) const {
+  template <int G> void load_scales(const Place<G>& from, vf* scale, vf* zero) const {
     with_dtype(scale_dtype, [&](auto tag) {
-      for (int n = 0; n < N; n++) {
-        scale[n] = load((const decltype(tag)*)scales + from.scale[n]);
-        zero[n] = zeros ? load((const decltype(tag)*)zeros + from.scale[n]) : splat(D::COLUMNS == 8 ? 8 : 128);
+      for (int j = 0; j < G * N; j++) {
+        const int64_t at = from.scale[j / V] + j % V * W;
+        scale[j] = load((const decltype(tag)*)scales + at);
+        zero[j] = zeros ? load((const decltype(tag)*)zeros + at) : splat(D::COLUMNS == 8 ? 8 : 128);
       }
     });
   }
   // For each segment, while `from` moves along: f(segment, its lines, scales, zeros)
-  template <class F> void segments(Place& from, F f) const {
-    vf scale[N], zero[N];
+  template <int G, class F> void segments(Place<G>& from, F f) const {
+    vf scale[G * N], zero[G * N];
     for (int64_t s = 0; s < x.segments; s++) {
       const int64_t count = x.columns(s) / D::COLUMNS;
-      if (s == 0 || groups > 1) load_scales(from, scale, zero);
+      if (s == 0 || scales_each > 1) load_scales(from, scale, zero);
       f(s, count, scale, zero);
-      for (int n = 0; n < N; n++) {
-        from.at[n] += count * 64;
-        from.scale[n] += LANES;
+      for (int j = 0; j < from.COUNT; j++) {
+        from.at[j] += count * 64;
+        from.scale[j] += LANES;
       }
     }
   }
 
-  // out[M][N] = rows m .. m + M of x times N vectors of rows of weights, from vector p on
-  template <int M> void few(int64_t p, int64_t m, vf* out) const {
-    Place from = place(p);
-    vf sums[M * N] = {};
+  // Rows m .. m + M of x times G groups of blocks
+  template <int M, int G> void few(Place<G> from, int64_t m) const {
+    vf sums[M * G * N] = {};
+    const int64_t ahead = from.COUNT == 1 ? AHEAD : 0;  // several readers are fast enough
+    const Place<G> first = from;
     segments(from, [&](int64_t s, int64_t count, const vf* scale, const vf* zero) {
-      tile<M>(from.at, count, AHEAD, m, s, scale, zero, sums);
+      tile<M, G>(from, count, ahead, m, s, scale, zero, sums);
     });
-    std::copy(sums, sums + M * N, out);
+    put(first, m, M, sums);
   }
-  // The same for more rows, which share segments of weights in the cache.
-  void many(int64_t p, int64_t m, int64_t rows, vf* out) const {
-    Place from = place(p);
-    std::fill(out, out + rows * N, vf{});
+  // The same for more rows, which share segments of weights in the cache
+  void many(Place<1> from, int64_t m, int64_t rows) const {
+    vf sums[TOGETHER * N];
+    std::fill(sums, sums + rows * N, vf{});
+    const Place<1> first = from;
     segments(from, [&](int64_t s, int64_t count, const vf* scale, const vf* zero) {
       int64_t i = 0, ahead = AHEAD;
       for (; i + D::ROWS <= rows; i += D::ROWS, ahead = 0)
-        tile<D::ROWS>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
+        tile<D::ROWS, 1>(from, count, ahead, m + i, s, scale, zero, sums + i * N);
       if (D::ROWS > 4 && i + 4 <= rows) {
-        tile<4>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
+        tile<4, 1>(from, count, ahead, m + i, s, scale, zero, sums + i * N);
         i += 4, ahead = 0;
       }
       switch (rows - i) {
-        case 3: return tile<3>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
-        case 2: return tile<2>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
-        case 1: return tile<1>(from.at, count, ahead, m + i, s, scale, zero, out + i * N);
+        case 3: return tile<3, 1>(from, count, ahead, m + i, s, scale, zero, sums + i * N);
+        case 2: return tile<2, 1>(from, count, ahead, m + i, s, scale, zero, sums + i * N);
+        case 1: return tile<1, 1>(from, count, ahead, m + i, s, scale, zero, sums + i * N);
       }
     });
+    put(first, m, rows, sums);
   }
-  void products(int64_t p, int64_t m, int64_t rows, vf* out) const {
-    switch (rows) {
-      case 1: return few<1>(p, m, out);
-      case 2: return few<2>(p, m, out);
-      case 3: return few<3>(p, m, out);
-      case 4: return few<4>(p, m, out);
-      default: return many(p, m, rows, out);
+  template <int G> void put(const Place<G>& place, int64_t m, int64_t rows, const vf* sums) const {
+    for (int j = 0; j < place.COUNT; j++) {
+      const int64_t n = place.block[j] * LANES, used = std::min<int64_t>(LANES, n_size - n);
+      float more[LANES] = {};
+      if (bias) widen(element(bias, bias_dtype, n), bias_dtype, more, used);
+      for (int64_t r = 0; r < rows; r++) {
+        float row[LANES];
+        std::memcpy(row, sums + r * G * N + j * V, sizeof(row));
+        if (bias)
+          for (int64_t i = 0; i < used; i++) row[i] += more[i];
+        narrow(row, element(out, out_dtype, (m + r) * ldo + n), out_dtype, used);
+      }
     }
+  }
+  template <int M> void pieces(int64_t begin, int64_t end, int64_t m) const {
+    constexpr int G = groups(M), COUNT = G * BLOCKS;
+    const int64_t apart = (end - begin) / COUNT;
+    for (int64_t i = 0; i < apart; i++) few<M, G>(place<G>(begin + i, apart, end - 1), m);
+    for (int64_t b = begin + apart * COUNT; b < end; b += BLOCKS) few<M, 1>(place<1>(b, 1, end - 1), m);
+  }
+  void range(int64_t begin, int64_t end) const {  // blocks of weights
+    switch (x.m_size) {
+      case 1: return pieces<1>(begin, end, 0);
+      case 2: return pieces<2>(begin, end, 0);
+      case 3: return pieces<3>(begin, end, 0);
+      case 4: return pieces<4>(begin, end, 0);
+    }
+    for (int64_t b = begin; b < end; b += BLOCKS)
+      for (int64_t m = 0; m < x.m_size; m += TOGETHER) many(place<1>(b, 1, end - 1), m, std::min(TOGETHER, x.m_size - m));
   }
 };
 
@@ -175,7 +211,7 @@ template <int BITS, int ACTIVATION> inline void quantized_linear_as(const Instru
   using Q = Quantized<D>;
   const Tensor &x = ins.t(0), &codes = ins.t(1), &scales = ins.t(2), &zeros = ins.t(3), &bias = ins.t(4), &out = ins.t(5);
   const int64_t segment = ins.ints[1];
-  const int64_t m_size = x.size[0], n_size = out.size[1], blocks = codes.size[0], lines = codes.size[1];
+  const int64_t m_size = x.size[0], lines = codes.size[1];
   Fixed fixed(team.at<float>(ins.t(6)), m_size, x.size[1], lines * D::COLUMNS, segment, segment / D::COLUMNS * D::WORDS);
   constexpr int64_t SOME = 16;  // segments that one thread rounds at a time
   int64_t parts = (fixed.segments + SOME - 1) / SOME;
@@ -188,28 +224,11 @@ template <int BITS, int ACTIVATION> inline void quantized_linear_as(const Instru
     }
   });
   team.settle();
-  Q op{fixed, team.at<const uint8_t>(codes), team.at<const void>(scales), zeros ? team.at<const void>(zeros) : nullptr,
-       scales.dtype, blocks, lines, scales.size[1]};
-  const int64_t vectors = blocks * Q::LANES / W;
-  int64_t item = std::max<int64_t>(1, std::min(65536 / (lines * 64), blocks / (4 * team.size))) * Q::LANES / W;
-  item = (item + Q::N - 1) / Q::N * Q::N;
-  for (int64_t i; (i = team.next()) * item < vectors;)
-    for (int64_t p = i * item, last = std::min(vectors, p + item); p < last; p += Q::N)
-      for (int64_t m = 0; m < m_size; m += Q::TOGETHER) {
-        const int64_t count = std::min(Q::TOGETHER, m_size - m);
-        vf sums[Q::TOGETHER * Q::N];
-        op.products(p, m, count, sums);
-        const int64_t first = p * W, used = std::min<int64_t>(std::min<int64_t>(Q::N, last - p) * W, n_size - first);
-        float more[Q::N * W];
-        if (bias) widen(element(team.at<const void>(bias), bias.dtype, first), bias.dtype, more, used);
-        for (int64_t r = 0; r < count; r++) {
-          float row[Q::N * W];
-          std::memcpy(row, &sums[r * Q::N], sizeof(row));
-          if (bias)
-            for (int64_t j = 0; j < used; j++) row[j] += more[j];
-          narrow(row, element(team.at<void>(out), out.dtype, (m + r) * out.stride[0] + first), out.dtype, used);
-        }
-      }
+  const Q op{fixed, team.at<const uint8_t>(codes), team.at<const void>(scales), zeros ? team.at<const void>(zeros) : nullptr,
+             scales.dtype, lines, scales.size[1], bias ? team.at<const void>(bias) : nullptr, bias.dtype, out.dtype,
+             team.at<void>(out), out.size[1], out.stride[0]};
+  Pieces pieces{codes.size[0], Q::readers(1), lines * 64, team.size};
+  for (int64_t begin, end; pieces.take(team, begin, end);) op.range(begin, end);
 }
 
 // tensors: x [M, K], codes [P, lines, 64], scales [P, G, 16], zeros | none, bias [N] | none, out [M, N], for the rows of x in
