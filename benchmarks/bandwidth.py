@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +51,12 @@ class Bandwidth:
         self._threads = threads or torch.get_num_threads()
         self._library = library()[0]
 
-    def read(self, repeats: int = 3) -> float:
+    def read(self, repeats: int = 3, streams: Sequence[int] = STREAMS) -> float:
         """Bytes a second, the best of a few reads (a read can be disturbed, but not be too fast)."""
         best = float("inf")
-        for _, streams in itertools.product(range(repeats), STREAMS):
+        for _, count in itertools.product(range(repeats), streams):
             started = time.perf_counter()
-            self._library.accelc_read(self._buffer.data_ptr(), self._buffer.nbytes, streams, self._threads)
+            self._library.accelc_read(self._buffer.data_ptr(), self._buffer.nbytes, count, self._threads)
             best = min(best, time.perf_counter() - started)
         return self._buffer.nbytes / best
 

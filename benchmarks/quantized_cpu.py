@@ -22,7 +22,7 @@ from typing import Annotated
 
 import torch
 import typer
-from bandwidth import Bandwidth
+from bandwidth import STREAMS, Bandwidth
 from environment import describe
 from rich.console import Console
 from rich.table import Table
@@ -171,7 +171,7 @@ def measure(candidates: list[Candidate], meters: list[Bandwidth], seconds: float
         for candidate in waiting:
             turn += 1
             candidate.run(turn % PIECES)
-        best = max(best, meters[rounds % PIECES].read(repeats=1))
+        best = max(best, meters[rounds % PIECES].read(1, (STREAMS[rounds % len(STREAMS)],)))
     return best
 
 
@@ -205,7 +205,7 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     meters = [Bandwidth(PIECE) for _ in range(PIECES)]
     console, results = Console(width=140), []
-    highest = max(meter.read(repeats=1) for _ in range(3) for meter in meters)  # each in turn: none from the cache
+    highest = max(meter.read(1, (streams,)) for streams in (*STREAMS, *STREAMS) for meter in meters)  # each in turn: none from the cache
     counts = [int(m) for m in rows.split(",")]
     for shape in matrices.split(","):
         n, k = (int(size) for size in shape.split("x"))

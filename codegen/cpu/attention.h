@@ -160,6 +160,12 @@ struct Attention {
     }
   }
 
+  // Ask for all of a block's rows at once: they are too short for the processor to see streams in time.
+  template <class T> static void bring(const T* rows, int64_t step, int64_t width, int64_t count) {
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t b = 0; b < width * int64_t(sizeof(T)); b += 64) __builtin_prefetch((const char*)(rows + j * step) + b, 0, 2);
+  }
+
   template <class T> void run_tile(const Tile& t, int64_t begin, int64_t end, float* partial) {
     float* qs = team.scratch;
     float* scores = qs + TILE * padded(dim);
@@ -179,6 +185,8 @@ struct Attention {
     const T* values = team.at<T>(v) + t.b * v.stride[0] + t.kv * v.stride[1];
     for (int64_t slot = begin; slot < end; slot += BLOCK) {
       int64_t count = std::min<int64_t>(BLOCK, end - slot);
+      bring(keys + slot * k.stride[2], k.stride[2], dim, count);
+      bring(values + slot * v.stride[2], v.stride[2], dim_v, count);
       by_rows(t.rows, [&](int64_t r, auto n) {
         dots<T, n()>(qs + r * padded(dim), keys + slot * k.stride[2], count, scores + r * BLOCK);
       });

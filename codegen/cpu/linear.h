@@ -13,22 +13,23 @@
 
 namespace accelc {
 
+// STEP: elements that `get` loads; NEAR: bytes to prefetch ahead of a stream where that work crowds out the loads to come.
 template <class T> struct Dot {  // fp32 lanes
-  static constexpr int STEP = W;
+  static constexpr int STEP = W, NEAR = 0;
   typedef vf operand;
   static operand get(const T* p) { return load(p); }
   static vf mac(operand a, operand b, vf acc) { return a * b + acc; }
 };
 #if defined(__AVX512BF16__)
 template <> struct Dot<bf16> {  // pairs of bf16 into one fp32 lane
-  static constexpr int STEP = 32;
+  static constexpr int STEP = 32, NEAR = 0;
   typedef __m512bh operand;
   static operand get(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static vf mac(operand a, operand b, vf acc) { return (vf)_mm512_dpbf16_ps((__m512)acc, a, b); }
 };
 #elif defined(__AVX2__)
 template <> struct Dot<bf16> {  // even and odd elements apart: a shift and a mask widen them, no lane is crossed
-  static constexpr int STEP = 2 * W;
+  static constexpr int STEP = 2 * W, NEAR = 256;
   struct operand { vf even, odd; };
   static operand get(const bf16* p) {
     typedef uint32_t bits __attribute__((vector_size(sizeof(vf))));
@@ -52,6 +53,7 @@ inline void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t k
     for (int n = 0; n < NR; n++) {
       b[n] = D::get(w + n * ldw + k);
       if (ahead) __builtin_prefetch((const char*)(w + n * ldw + k) + ahead, 0, 2);
+      else if (MR <= 2 && D::NEAR) __builtin_prefetch((const char*)(w + n * ldw + k) + D::NEAR);
     }
     for (int m = 0; m < MR; m++) {
       auto a = D::get(x + m * ldx + k);

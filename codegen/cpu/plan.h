@@ -69,7 +69,7 @@ struct Team {
 // Shares [0, count) out in pieces of multiples of `unit`, large ones first (long streams), small ones last (threads that end
 // together): always a part of what is left, but not below LEAST bytes. `bytes`: of one.
 struct Pieces {
-  static constexpr int64_t LEAST = 65536;
+  static constexpr int64_t LEAST = 16384;
   int64_t count, unit, bytes;
   int threads;
   bool take(Team& team, int64_t& begin, int64_t& end) const {

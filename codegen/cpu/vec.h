@@ -47,17 +47,33 @@ inline void store1(bf16* p, float v) {  // round to nearest even; NaN stays NaN
 }
 inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof(v)); return v; }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof(v)); }
-inline vf load(const bf16* p) {
+// 16-bit integers to and from 32 bits. (The compiler's conversion of whole vectors takes them in halves on AVX2.)
+inline vu widen16(const void* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
   vh h;
   std::memcpy(&h, p, sizeof(h));
-  return bits_as<vf>(__builtin_convertvector(h, vu) << 16);
+  return __builtin_convertvector(h, vu);
+#endif
 }
+inline void narrow16(void* p, vu v) {  // of values below 2^16
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+#else
+  vh h = __builtin_convertvector(v, vh);
+  std::memcpy(p, &h, sizeof(h));
+#endif
+}
+inline vf load(const bf16* p) { return bits_as<vf>(widen16(p) << 16); }
 inline void store(bf16* p, vf v) {
   vu u = bits_as<vu>(v);
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vu nan = bits_as<vu>(vi(v != v));
-  vh h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vh);
-  std::memcpy(p, &h, sizeof(h));
+  narrow16(p, (rounded & ~nan) | (nan & 0x7fc0));
 }
 #if defined(__F16C__)
 inline float load1(const f16* p) { return _cvtsh_ss(p->bits); }
@@ -120,9 +136,13 @@ inline v4 hsum4(vf a, vf b, vf c, vf d) {  // lane sums of four vectors at once
   return __builtin_shuffle(pq, rs, i4{0, 1, 4, 5}) + __builtin_shuffle(pq, rs, i4{2, 3, 6, 7});
 }
 inline float hmax(vf v) {
-  float m = v[0];
-  for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
-  return m;
+  v4 parts[sizeof(vf) / sizeof(v4)];
+  std::memcpy(parts, &v, sizeof(v));
+  v4 m = parts[0];
+  for (v4 part : parts) m = part > m ? part : m;
+  v4 swapped = __builtin_shuffle(m, i4{2, 3, 0, 1});
+  m = swapped > m ? swapped : m;
+  return m[1] > m[0] ? m[1] : m[0];
 }
 
 // -- transcendental functions, to about 2 units in the last place -----------------------------------------------------------
