@@ -164,6 +164,9 @@ def measure_group(
                     console.print(f"  [yellow]{error}[/yellow]")
                     workers.pop(name).close()
             console.print(f"  turn {turn + 1} of {repeats}")
+        if BASE in workers:
+            context = case.prompt_tokens + case.new_tokens // 2
+            case.rows[BASE].step_of_limit = workers[BASE].share_of_limit(context, case.bytes_per_token)
     finally:
         for worker in workers.values():
             worker.close()

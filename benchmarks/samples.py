@@ -40,6 +40,7 @@ class Row:
     samples: list[Sample] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     settle_seconds: float = 0.0  # spent after the second start on getting to full speed
+    step_of_limit: float | None = None  # share of the bandwidth of one step alone, read between any two steps
 
 
 @dataclass
@@ -89,6 +90,7 @@ class Case:
             name: {
                 "tokens_per_second": median(s.tokens_per_second for s in row.samples),
                 "of_limit": self.of_limit(row),
+                "step_of_limit": row.step_of_limit,
                 "accelc_is_faster": self.over(name),
                 "first_token_seconds": median(s.first_token_seconds for s in row.samples),
                 "cold_start": row.cold_start,

@@ -14,6 +14,7 @@ from samples import Case
 COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:.1f}"),
     ("of limit", "of_limit", "{:.2f}"),
+    ("step of limit", "step_of_limit", "{:.2f}"),
     ("accelc is", "accelc_is_faster", "{:.2f}x"),
     ("first token (s)", "first_token_seconds", "{:.2f}"),
     ("cold start (s)", "cold_start", "{:.1f}"),

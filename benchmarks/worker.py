@@ -65,6 +65,10 @@ class Worker:
         """One generation, timed in the process."""
         return self._ask(("generate", prompt.tolist(), new_tokens))
 
+    def share_of_limit(self, context: int, step_bytes: float) -> float | None:
+        """Of the memory's bandwidth, what one step alone reads at; None where the peer's steps cannot be called."""
+        return self._ask(("share", context, step_bytes))
+
     def _ask(self, question: Any) -> Any:
         try:
             self._pipe.send(question)
@@ -108,11 +112,15 @@ def _serve(pipe: Connection, name: str, job: Job) -> None:
     generate = None
     while True:
         try:
-            question, rows, new_tokens = pipe.recv()
+            question, given, more = pipe.recv()
         except EOFError:
             return
-        prompt = torch.tensor(rows)
         try:
+            if question == "share":
+                measure = getattr(generate, "share_of_limit", None)
+                pipe.send(measure(given, more) if measure else None)
+                continue
+            prompt, new_tokens = torch.tensor(given), more
             if question == "start":
                 peer = load(name)
                 prepared = peer.prepare(job)

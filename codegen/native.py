@@ -102,6 +102,12 @@ def _load(path: Path) -> ctypes.CDLL:
         lib.accelc_plan_clock.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         lib.accelc_read.restype = ctypes.c_float
         lib.accelc_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
+        lib.accelc_round.restype = None
+        lib.accelc_round.argtypes = [
+            ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
+            ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32,
+        ]  # fmt: skip
         lib.accelc_plan_run.restype = ctypes.c_int32
         lib.accelc_plan_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     except AttributeError as error:

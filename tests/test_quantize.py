@@ -17,7 +17,7 @@ from accelc.cli import app
 from accelc.ir.errors import ExactnessError, InputError, OptionValueError
 from accelc.ir.quantized import Scheme
 from accelc.passes.quantize.budget import QuantizationPlan
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.ir.rounding import round_to_nearest
 
 PROMPT = torch.tensor([5, 9, 11, 4])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir.quantized import Scheme
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.ir.rounding import round_to_nearest
 
 STEPS = 10
 """Exponents that are tried besides 0, which leaves everything as it is."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from accelc.ir.errors import InputError
 from accelc.ir.quantized import QuantizedWeight, Scheme, by_group, pack
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.ir.rounding import round_to_nearest
 
 BLOCK = 128
 """Columns whose corrections are gathered before the rest of the matrix is corrected."""

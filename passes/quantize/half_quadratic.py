@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir.quantized import QuantizedWeight, Scheme, by_group, encode, nearest
-from accelc.passes.quantize.rounding import full_range
+from accelc.ir.rounding import full_range
 
 NORM, BETA, GROWTH = 0.7, 10.0, 1.01
 """The constants of the authors: the norm's p, the first penalty and its factor from one iteration to the next."""

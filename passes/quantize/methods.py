@@ -13,7 +13,7 @@ from accelc.passes.quantize.calibration import Calibration, run_calibrated
 from accelc.passes.quantize.gptq import gptq
 from accelc.passes.quantize.half_quadratic import half_quadratic
 from accelc.passes.quantize.products import Matrix, Product
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.ir.rounding import round_to_nearest
 
 METHODS: dict[str, Callable[[Tensor, Scheme], QuantizedWeight]] = {
     "rtn": round_to_nearest,

@@ -13,7 +13,7 @@ from accelc.codegen import CompiledStep, Options
 from accelc.codegen.errors import StepIndexError
 from accelc.ir.errors import InputError
 from accelc.ir.quantized import GROUPS, QuantizedWeight, Scheme
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.ir.rounding import round_to_nearest
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Sixteen bits of the largest activation of a segment are kept."""

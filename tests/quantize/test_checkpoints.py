@@ -16,7 +16,7 @@ import accelc
 from accelc.capture import capture
 from accelc.checkpoints import load_checkpoint, load_quantized
 from accelc.ir.quantized import Scheme
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.ir.rounding import round_to_nearest
 from accelc.pipeline import step_pipeline
 from accelc.quantized_linear import QuantizedLinear
 

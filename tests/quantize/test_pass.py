@@ -21,7 +21,7 @@ from accelc.passes.quantize.calibration import Calibration
 from accelc.passes.quantize.norm_scaling import scale_norms
 from accelc.passes.quantize.products import find_matrices
 from accelc.passes.quantize.rewrite import stem
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.ir.rounding import round_to_nearest
 from accelc.passes.quantize_weights import QuantizeWeights
 from accelc.pipeline import step_pipeline
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accelc.ir.errors import InputError
 from accelc.ir.quantized import BITS, GROUPS, SCALES, UNIT, Scheme, pack, unpack
-from accelc.passes.quantize.rounding import round_to_nearest
+from accelc.ir.rounding import round_to_nearest
 
 SCHEMES = [
     Scheme(bits, group, symmetric, dtype)

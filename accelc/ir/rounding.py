@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from accelc.ir.quantized import QuantizedWeight, Scheme, by_group, nearest
+from accelc.ir.quantized import LANES, QuantizedWeight, Scheme, by_group, nearest
 
 CHUNK = 1 << 18
 """Weights that are worked on at a time: their intermediate values stay in the second-level cache."""
@@ -28,17 +28,57 @@ def round_to_nearest(
     `clip`: search the range of each group; else the full range is kept and every weight is within half a step of its
     value. `importance` [K], positive: how much a squared error in each column counts (the mean square of the inputs).
     """
+    codes, scales, zeros = round_weight(
+        weight, scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype,
+        list(SHRINK[scheme.bits]) if clip else [], importance,
+    )  # fmt: skip
+    kept = None if scheme.symmetric else zeros
+    return QuantizedWeight(scheme, codes, scales, kept, weight.shape[-2], weight.shape[-1])
+
+
+@torch.library.custom_op("accelc::round_weight", mutates_args=())
+def round_weight(
+    weight: Tensor, bits: int, group: int, symmetric: bool, scale_dtype: torch.dtype, shrink: Sequence[float],
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Codes, scales and zeros of a weight [..., N, K] in the layout of `QuantizedWeight`; symmetric: zeros [0].
+
+    ``shrink``: parts of the full range to try; none: keep it, and round scales so that nothing is clipped.
+    """
+    return round_weight_reference(weight, bits, group, symmetric, scale_dtype, shrink, importance)
+
+
+def empty_codes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """What `round_weight` returns, not filled in."""
+    *outer, rows, columns = weight.shape
+    blocks = (rows + LANES - 1) // LANES
+    codes = weight.new_empty((*outer, blocks, scheme.padded(columns) * scheme.bits // 32, 64), dtype=torch.uint8)
+    scales = weight.new_empty((*outer, blocks, scheme.groups(columns), LANES), dtype=scheme.scale_dtype)
+    return codes, scales, scales.new_empty(0) if scheme.symmetric else torch.empty_like(scales)
+
+
+@round_weight.register_fake
+def _(weight, bits, group, symmetric, scale_dtype, shrink, importance):
+    return empty_codes(weight, Scheme(bits, group, symmetric, scale_dtype))
+
+
+def round_weight_reference(
+    weight: Tensor, bits: int, group: int, symmetric: bool, scale_dtype: torch.dtype, shrink: Sequence[float],
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The specification of `round_weight`."""
+    scheme = Scheme(bits, group, symmetric, scale_dtype)
     *outer, columns = weight.shape
     rows = weight.reshape(-1, columns)
     per_chunk = max(1, CHUNK // max(columns, 1))
     counts = None if importance is None else by_group(importance.float()[None], scheme)
     parts = [
-        _round(rows[at : at + per_chunk], scheme, SHRINK[scheme.bits] if clip else (), counts)
-        for at in range(0, len(rows), per_chunk)
+        _round(rows[at : at + per_chunk], scheme, shrink, counts) for at in range(0, len(rows), per_chunk)
     ]
     codes, scales = (torch.cat([p[i] for p in parts]).unflatten(0, outer) for i in (0, 1))
-    zeros = None if scheme.symmetric else torch.cat([p[2] for p in parts]).unflatten(0, outer)
-    return QuantizedWeight.of(scheme, codes, scales, zeros, columns)
+    zeros = None if symmetric else torch.cat([p[2] for p in parts]).unflatten(0, outer)
+    made = QuantizedWeight.of(scheme, codes, scales, zeros, columns)
+    return made.codes, made.scales, made.scales.new_empty(0) if made.zeros is None else made.zeros
 
 
 def full_range(grouped: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
