@@ -205,7 +205,8 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     meters = [Bandwidth(PIECE) for _ in range(PIECES)]
     console, results = Console(width=140), []
-    highest = max(meter.read(1, (streams,)) for streams in (*STREAMS, *STREAMS) for meter in meters)  # each in turn: none from the cache
+    # Each in turn: none from the cache.
+    highest = max(meter.read(1, (streams,)) for streams in (*STREAMS, *STREAMS) for meter in meters)
     counts = [int(m) for m in rows.split(",")]
     for shape in matrices.split(","):
         n, k = (int(size) for size in shape.split("x"))

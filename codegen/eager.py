@@ -28,7 +28,7 @@ Form = tuple[torch.dtype, torch.Size, torch.Size, torch.dtype, bool, torch.dtype
 
 
 def register_kernels() -> None:
-    """Make the kernels what `accelc::quantized_linear`, and so the products of stacks, and `accelc::round_weight` run on
+    """Make the kernels what `accelc::quantized_linear` (and so products of stacks) and `accelc::round_weight` run on
     CPU tensors.
     """
     quantized_linear.register_kernel("cpu")(linear)

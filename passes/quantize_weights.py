@@ -6,13 +6,13 @@ import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import InputError, OptionValueError
 from accelc.ir.program import fetch
 from accelc.ir.quantized import QuantizedWeight, Scheme
+from accelc.ir.rounding import all_finite
 from accelc.passes.base import Pass, PassResult
 from accelc.passes.quantize.calibration import Calibration
 from accelc.passes.quantize.granularity import BASE, Option, bits_of, candidates, choose_groups, relative_error
@@ -75,7 +75,7 @@ class QuantizeWeights(Pass):
         head = head_of(program, matrices)
         schemes = self._schemes(program, matrices, head)
         for path in schemes:
-            if not bool(torch.isfinite(fetch(program.module, path)).all()):
+            if not all_finite(fetch(program.module, path)):
                 raise InputError(f"the weight {path} holds NaN or infinite values", remedy="Repair the checkpoint.")
         chosen = {path: matrix for path, matrix in matrices.items() if path in schemes}
         notes = []

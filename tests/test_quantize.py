@@ -16,8 +16,8 @@ import accelc
 from accelc.cli import app
 from accelc.ir.errors import ExactnessError, InputError, OptionValueError
 from accelc.ir.quantized import Scheme
-from accelc.passes.quantize.budget import QuantizationPlan
 from accelc.ir.rounding import round_to_nearest
+from accelc.passes.quantize.budget import QuantizationPlan
 
 PROMPT = torch.tensor([5, 9, 11, 4])
 

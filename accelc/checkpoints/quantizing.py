@@ -17,6 +17,7 @@ from accelc.checkpoints.plan import Plan, make_plan
 from accelc.checkpoints.skeleton import skeleton
 from accelc.ir.errors import CheckpointError, CheckpointFormatError, OptionValueError
 from accelc.ir.quantized import Scheme
+from accelc.ir.rounding import all_finite
 from accelc.passes.quantize_weights import METHODS
 from accelc.quantized_linear import QuantizedModule
 
@@ -60,7 +61,7 @@ def load_quantized(
         if chosen is None:
             continue
         weight = as_matrix(module, files.read(tensor))
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise CheckpointError(f"the weight {tensor} holds NaN or infinite values", remedy="Repair the checkpoint.")
         bias_name = plan.plain.pop(f"{module_path}.bias", None)
         bias = None if bias_name is None else fitted(files.read(bias_name), module.bias)  # type: ignore[arg-type]

@@ -36,6 +36,11 @@ def round_to_nearest(
     return QuantizedWeight(scheme, codes, scales, kept, weight.shape[-2], weight.shape[-1])
 
 
+def all_finite(weight: Tensor) -> bool:
+    """Whether no value is NaN or infinite. (`isfinite().all()` takes 30 times as long in bf16.)"""
+    return not weight.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight))
+
+
 @torch.library.custom_op("accelc::round_weight", mutates_args=())
 def round_weight(
     weight: Tensor, bits: int, group: int, symmetric: bool, scale_dtype: torch.dtype, shrink: Sequence[float],
@@ -72,9 +77,7 @@ def round_weight_reference(
     rows = weight.reshape(-1, columns)
     per_chunk = max(1, CHUNK // max(columns, 1))
     counts = None if importance is None else by_group(importance.float()[None], scheme)
-    parts = [
-        _round(rows[at : at + per_chunk], scheme, shrink, counts) for at in range(0, len(rows), per_chunk)
-    ]
+    parts = [_round(rows[at : at + per_chunk], scheme, shrink, counts) for at in range(0, len(rows), per_chunk)]
     codes, scales = (torch.cat([p[i] for p in parts]).unflatten(0, outer) for i in (0, 1))
     zeros = None if symmetric else torch.cat([p[2] for p in parts]).unflatten(0, outer)
     made = QuantizedWeight.of(scheme, codes, scales, zeros, columns)

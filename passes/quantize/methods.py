@@ -9,11 +9,11 @@ from torch import Tensor
 
 from accelc.ir import Program
 from accelc.ir.quantized import QuantizedWeight, Scheme
+from accelc.ir.rounding import round_to_nearest
 from accelc.passes.quantize.calibration import Calibration, run_calibrated
 from accelc.passes.quantize.gptq import gptq
 from accelc.passes.quantize.half_quadratic import half_quadratic
 from accelc.passes.quantize.products import Matrix, Product
-from accelc.ir.rounding import round_to_nearest
 
 METHODS: dict[str, Callable[[Tensor, Scheme], QuantizedWeight]] = {
     "rtn": round_to_nearest,

@@ -17,8 +17,8 @@ from accelc.capture import load_model
 from accelc.checkpoints import load_checkpoint, load_quantized, save_quantized
 from accelc.ir.errors import CheckpointError, InputError, OptionValueError
 from accelc.ir.quantized import Scheme
-from accelc.passes.quantize.half_quadratic import half_quadratic
 from accelc.ir.rounding import round_to_nearest
+from accelc.passes.quantize.half_quadratic import half_quadratic
 from accelc.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedModule
 
 from . import packers

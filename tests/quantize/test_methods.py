@@ -8,9 +8,9 @@ from torch import Tensor
 
 from accelc.ir.errors import InputError
 from accelc.ir.quantized import Scheme
+from accelc.ir.rounding import round_to_nearest
 from accelc.passes.quantize.gptq import gptq
 from accelc.passes.quantize.half_quadratic import half_quadratic
-from accelc.ir.rounding import round_to_nearest
 
 
 def correlated_inputs(columns: int, tokens: int = 2048) -> Tensor:

@@ -15,13 +15,13 @@ from accelc.ir.dialect import QUANTIZED
 from accelc.ir.errors import ExactnessError, InputError, OptionValueError
 from accelc.ir.quantized import Scheme
 from accelc.ir.quantized_ops import quantized_linear_reference
+from accelc.ir.rounding import round_to_nearest
 from accelc.passes import Pipeline
 from accelc.passes.last_logits import LastLogits
 from accelc.passes.quantize.calibration import Calibration
 from accelc.passes.quantize.norm_scaling import scale_norms
 from accelc.passes.quantize.products import find_matrices
 from accelc.passes.quantize.rewrite import stem
-from accelc.ir.rounding import round_to_nearest
 from accelc.passes.quantize_weights import QuantizeWeights
 from accelc.pipeline import step_pipeline
 
