@@ -99,7 +99,7 @@ def main(
     for _ in track(range(repeats), "decoding in turns", console=console):
         for row, decoder in zip(rows, decoders, strict=True):
             statistics = decoder.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True).statistics
-            row.rates.append(statistics.tokens_per_second)
+            row.rates.append(statistics.decode_tokens_per_second)
     if memory:
         for row, configuration in track(list(zip(rows, CONFIGURATIONS, strict=True)), "memory", console=console):
             row.peak_mb = _peak(trained, configuration)

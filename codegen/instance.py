@@ -14,8 +14,8 @@ from torch import Tensor
 
 from accelc.codegen.arrays import Array
 from accelc.codegen.errors import StepIndexError
-from accelc.codegen.instructions import Instruction
-from accelc.codegen.planner import ARENA, Call, Gemm, Native, Plan, encode
+from accelc.codegen.instructions import Gemm, Instruction
+from accelc.codegen.planner import ARENA, Call, Native, Plan, encode
 
 FAILURES = {
     1: "An index (a token id or a position) lies outside its table.",

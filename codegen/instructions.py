@@ -17,7 +17,7 @@ from accelc.codegen.arrays import BY_ITEMSIZE, CODES, FLOATS, MAX_DIMS, Array, c
 OPS = (
     "linear", "attention", "norm", "rotary", "pointwise", "copy", "gather", "cache_update",
     "product", "softmax", "map", "index", "key_positions", "visible", "quantized_linear",
-    "quantized_embedding",
+    "quantized_embedding", "dequantize",
 )  # fmt: skip
 """In the order of OPS in codegen/cpu/kernels.cpp."""
 
@@ -44,6 +44,16 @@ class Instruction:
     floats: tuple[float, ...] = ()
     raw: bool = False
     """Copies bytes: dtypes matter by their width alone."""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """out = x @ weight.mT (+ bias), by torch; matrices, or one of each a batch element."""
+
+    x: Array
+    weight: Array
+    bias: Array | None
+    out: Array
 
 
 @dataclass(frozen=True)

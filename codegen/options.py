@@ -14,8 +14,8 @@ class Options:
     """* ``mode``: "compile", or "interpret" to run the graph eagerly, node by node (needs no compiler).
     * ``threads``: 0 takes torch's number of intra-op threads.
     * ``march``: the instruction set to build kernels for; for tests.
-    * ``gemm_rows``: linears with more rows than this go to torch's (oneDNN's) matrix product. Measured on a Zen 4 core
-      with 2048 x 8192 weights, GB/s ours / torch: bf16 14 / 12 at 4 rows, 7 / 7 at 16, 4.2 / 4.8 at 32.
+    * ``gemm_rows``: products of more rows than this go to torch's (oneDNN's) matrix product; None: where measuring both
+      on this machine finds torch's faster (`accelc.codegen.choice`).
     * ``activation_bits``: what products with weights of few bits keep of an activation, relative to the largest of its
       segment of at most 256 columns: 16, more than bf16, or, with a loss, 8. Measured on a Zen 3 core with weights of
       4 bits in its cache, 8 take 0.63 of the time of 16 at 8 rows; one row waits for the memory with both. With weights
@@ -29,7 +29,7 @@ class Options:
     mode: Literal["compile", "interpret"] = "compile"
     threads: int = 0
     march: str = "native"
-    gemm_rows: int = 16
+    gemm_rows: int | None = None
     activation_bits: Literal[8, 16] = 16
     instances: int = 16
     huge_pages: bool = True
@@ -49,6 +49,7 @@ class Report:
       ``inductor`` are compiled by Inductor.
     * ``regions``: runs of such calls between kernels; ``cache_hits``, ``cache_misses``: of built files.
     * ``notices``: what a user should know.
+    * ``products``: whose kernel multiplies many rows, by product, as far as that was measured.
     * ``huge_page_bytes``: bytes of weights that have huge pages by now.
     """
 
@@ -61,6 +62,7 @@ class Report:
     cache_hits: int = 0
     cache_misses: int = 0
     notices: list[str] = field(default_factory=list)
+    products: dict[str, str] = field(default_factory=dict)
     huge_page_bytes: int = 0
 
     @property

@@ -19,7 +19,7 @@ import torch.fx as fx
 from torch.fx.node import map_arg
 
 from accelc.codegen.arrays import Array
-from accelc.codegen.instructions import OPS, Instruction, Scratch, code
+from accelc.codegen.instructions import OPS, Gemm, Instruction, Scratch, code
 from accelc.codegen.quantized import with_activations
 from accelc.codegen.schedule import Region, Schedule, lower, tensors_in
 from accelc.ir.compat import storage_key
@@ -35,16 +35,6 @@ class Native:
 
     begin: int
     end: int
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """out = x @ weight.mT (+ bias), by torch; matrices, or one of each a batch element."""
-
-    x: Array
-    weight: Array
-    bias: Array | None
-    out: Array
 
 
 @dataclass(frozen=True)
@@ -104,11 +94,11 @@ def plan(
     values: Mapping[fx.Node, Any],
     order: Schedule,
     functions: Mapping[int, Callable[..., Any]],
-    gemm_rows: int,
+    choose: Callable[[Instruction], Sequence[Instruction | Gemm]],
     activation_bits: int = 16,
 ) -> Plan:
     """Lower the schedule. `values`: of each node, at the plan's sizes; `functions`: what runs the regions, by id;
-    `gemm_rows` and `activation_bits`: of the options.
+    `choose`: what runs in place of an instruction (`accelc.codegen.choice`); `activation_bits`: of the options.
     """
     memo: dict[int, Array] = {}
 
@@ -143,10 +133,16 @@ def plan(
         if isinstance(out, torch.Tensor) and storage_key(out) in returned:
             roots.add(storage_key(out))
             fresh[storage_key(out)] = array(out)
-        steps += [_product(with_activations(ins, activation_bits), gemm_rows) for ins in lowered]
-    steps, offsets, total = _place(steps, roots)
-    stages, stream = _stages(steps, roots, offsets)
-    return Plan(stages, stream, total, dict(roots.base_of), offsets, roots.count, inputs, outputs, fresh, constants)
+        steps += [step for ins in lowered for step in choose(with_activations(ins, activation_bits))]
+    made = assemble(steps, roots)
+    return replace(made, inputs=inputs, outputs=outputs, fresh=fresh, constants=constants)
+
+
+def assemble(steps: Sequence[Instruction | Gemm | Call], roots: Roots) -> Plan:
+    """A plan of steps over the memory that `roots` names, and what else they use."""
+    placed, offsets, total = _place(list(steps), roots)
+    stages, stream = _stages(placed, roots, offsets)
+    return Plan(stages, stream, total, dict(roots.base_of), offsets, roots.count, [])
 
 
 def _constants(graph: fx.Graph, values: Mapping[fx.Node, Any], kinds: Mapping[fx.Node, str]) -> dict[int, torch.Tensor]:
@@ -167,28 +163,6 @@ def _constants(graph: fx.Graph, values: Mapping[fx.Node, Any], kinds: Mapping[fx
             for made, want in zip(tensors_in(value(node)), tensors_in(values[node])):
                 found[storage_key(want)] = torch.empty_strided(want.shape, want.stride(), dtype=want.dtype).copy_(made)
     return found
-
-
-def _product(ins: Instruction, gemm_rows: int) -> Instruction | Gemm:
-    """Products of many rows are torch's, where its are faster.
-
-    With AVX2 alone torch multiplies half precision 4 to 5 times as slowly as the kernel here (Zen 3, 32 to 256 rows of
-    2048 x 2048), at AVX-512 and in fp32 1.1 to 1.7 times as fast.
-    """
-    if ins.op == "linear":
-        x, weight, bias, _, out = ins.arrays
-    elif ins.op == "product":
-        x, matrix, bias, out = ins.arrays
-        weight = matrix.transposed()  # type: ignore[union-attr]
-    else:
-        return ins
-    if x is None or weight is None or out is None or x.size[-2] <= gemm_rows:
-        return ins
-    if ins.op == "linear" and x.dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return ins
-    if x.ndim > 2:
-        x, weight, out = (a.batched() for a in (x, weight, out))
-    return ins if x is None or weight is None or out is None else Gemm(x, weight, bias, out)
 
 
 def _touched(step: Instruction | Gemm | Call) -> tuple[list[Array], list[Array]]:

@@ -21,6 +21,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from accelc.codegen import native
+from accelc.codegen.choice import Choice
 from accelc.codegen.errors import StepInputError
 from accelc.codegen.instance import Instance
 from accelc.codegen.options import Options, Report
@@ -80,6 +81,7 @@ class CompiledStep:
         started = time.perf_counter()
         if options.mode == "compile":
             self._library, hit = native.library(options.march)
+            self._choice = Choice(options.gemm_rows, self._library, self._threads)
             self.report.count(hit)
             self.report.add_seconds("kernels", time.perf_counter() - started)
             self._instance(self._sizes(examples))
@@ -206,7 +208,8 @@ class CompiledStep:
             inductor |= set(region.nodes if compiled else ())
         self.report.add_seconds("regions", time.perf_counter() - started)
         started = time.perf_counter()
-        made = plan(graph, values, order, functions, self._options.gemm_rows, self._options.activation_bits)
+        made = plan(graph, values, order, functions, self._choice.steps, self._options.activation_bits)
+        self.report.products = dict(self._choice.made)
         constants = {
             storage_key(values[n]): _attribute(self._gm, str(n.target)) for n in graph.nodes if n.op == "get_attr"
         }

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-from torch import Tensor
 
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import InputError, OptionValueError
@@ -16,8 +13,10 @@ from accelc.ir.rounding import all_finite
 from accelc.passes.base import Pass, PassResult
 from accelc.passes.quantize.calibration import Calibration
 from accelc.passes.quantize.granularity import BASE, Option, bits_of, candidates, choose_groups, relative_error
+from accelc.passes.quantize.memory import free, own_storages
 from accelc.passes.quantize.methods import CALIBRATED, METHODS, calibrated
 from accelc.passes.quantize.norm_scaling import scale_norms
+from accelc.passes.quantize.patterns import matching, selected
 from accelc.passes.quantize.products import Matrix, find_matrices, head_of
 from accelc.passes.quantize.rewrite import rewrite
 from accelc.passes.registry import register_pass
@@ -79,17 +78,17 @@ class QuantizeWeights(Pass):
                 raise InputError(f"the weight {path} holds NaN or infinite values", remedy="Repair the checkpoint.")
         chosen = {path: matrix for path, matrix in matrices.items() if path in schemes}
         notes = []
+        consumed = own_storages(program, chosen) if self.consume else set()
         if self.method == "awq":
-            notes.append(scale_norms(program, chosen, schemes, self._text()))
-        shared = _shared_storages(program, chosen)
+            notes.append(scale_norms(program, chosen, schemes, self._text(), consumed))
         before = after = matches = 0
         for path, made in self._make(program, chosen, schemes):
             weight = fetch(program.module, path)
             matches += rewrite(program, matrices[path], made)
             before += weight.numel() * weight.element_size()
             after += made.nbytes
-            if self.consume and path not in shared:
-                _free(weight)
+            if path in consumed:
+                free(weight)
         program.graph.eliminate_dead_code()
         program.module.recompile()
         return PassResult(program.clone(), matches, (*self._notes(matrices, schemes, head, before, after), *notes))
@@ -121,9 +120,9 @@ class QuantizeWeights(Pass):
     def _schemes(self, program: Program, matrices: dict[str, Matrix], head: str | None) -> dict[str, Scheme]:
         texts = {path: self._text_of(matrix, path == head) for path, matrix in matrices.items()}
         for pattern, text in self._overrides():
-            for path in self._matching(pattern, matrices):
+            for path in matching(pattern, matrices, where=str(self)):
                 texts[path] = text
-        kept = self._kept(matrices)
+        kept = selected(matrices, self.include, self.exclude, where=str(self))
         texts = {path: text for path, text in texts.items() if path in kept and text != NONE}
         automatic = [path for path, text in texts.items() if text.endswith(AUTO)]
         if self.scheme not in (NONE, *texts.values()):  # a wrong one is an error even where nothing takes it
@@ -148,24 +147,6 @@ class QuantizeWeights(Pass):
                     f"the override {entry!r} has no scheme", where=str(self), remedy="Write pattern=scheme."
                 )
             yield pattern.strip(), text.strip()
-
-    def _kept(self, matrices: dict[str, Matrix]) -> set[str]:
-        chosen = set(matrices)
-        for patterns, keep in ((self.include, True), (self.exclude, False)):
-            listed = [p.strip() for p in patterns.split(",") if p.strip()]
-            matched = {path for pattern in listed for path in self._matching(pattern, matrices)}
-            chosen = chosen & matched if keep else chosen - matched
-        return chosen
-
-    def _matching(self, pattern: str, matrices: dict[str, Matrix]) -> list[str]:
-        found = fnmatch.filter(matrices, pattern)
-        if not found and pattern != "*":
-            raise OptionValueError(
-                f"the pattern {pattern!r} matches no weight of a linear or embedding",
-                where=str(self),
-                remedy=f"Names are, for example: {', '.join(list(matrices)[:4])}.",
-            )
-        return found
 
     # -- making the codes ----------------------------------------------------------------------------------------------
 
@@ -222,18 +203,3 @@ def _automatic(program: Program, matrices: dict[str, Matrix], schemes: dict[str,
             for each in candidates(schemes[path])
         ]
     return choose_groups(options, base)
-
-
-def _shared_storages(program: Program, chosen: dict[str, Matrix]) -> set[str]:
-    """Those of the weights whose memory another tensor of the program reads too."""
-    owners: dict[int, list[str]] = {}
-    for path, tensor in program.tensors().items():
-        owners.setdefault(tensor.untyped_storage()._cdata, []).append(path)
-    return {path for paths in owners.values() if len(paths) > 1 for path in paths if path in chosen}
-
-
-def _free(weight: Tensor) -> None:
-    """Give the memory of a tensor back, whoever else holds the tensor."""
-    storage = weight.untyped_storage()
-    if storage.resizable():
-        storage.resize_(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from accelc.checkpoints.skeleton import skeleton
 from accelc.ir.errors import CheckpointError, CheckpointFormatError, OptionValueError
 from accelc.ir.quantized import Scheme
 from accelc.ir.rounding import all_finite
-from accelc.passes.quantize_weights import METHODS
+from accelc.passes.quantize.methods import METHODS
+from accelc.passes.quantize.patterns import selected
 from accelc.quantized_linear import QuantizedModule
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def load_quantized(
     plan = make_plan(model, files, None)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = _linears(model, plan)
-    for target in _chosen(list(linears), include, exclude):
+    for target in selected(linears, include, exclude):
         module_path, tensor = linears[target]
         module = model.get_submodule(module_path)
         chosen = schemes["head" if module is output else "body"]
@@ -81,22 +81,6 @@ def _linears(model: nn.Module, plan: Plan) -> dict[str, tuple[str, str]]:
         if is_linear(module) and tensor is not None:
             found[target] = (path, tensor)
     return found
-
-
-def _chosen(names: list[str], include: str, exclude: str) -> list[str]:
-    """The names that a pattern of `include` matches and none of `exclude`. Raises OptionValueError."""
-    matched: list[set[str]] = []
-    for patterns in (include, exclude):
-        matched.append(set())
-        for pattern in (p.strip() for p in patterns.split(",") if p.strip()):
-            found = fnmatch.filter(names, pattern)
-            if not found:
-                raise OptionValueError(
-                    f"the pattern {pattern!r} matches no weight of a linear",
-                    remedy=f"Names are, for example: {', '.join(names[:4])}.",
-                )
-            matched[-1] |= set(found)
-    return [name for name in names if name in matched[0] - matched[1]]
 
 
 def _settle(model: nn.Module, plan: Plan, target: str, made: QuantizedModule) -> None:

@@ -59,6 +59,42 @@ inline void quantized_embedding(const Instruction& ins, Team& team) {
   });
 }
 
+// A matrix in few bits as floats. tensors: codes [P, lines, 64], scales [P, G, 16], zeros?, out [N, K]; ints: bits
+template <int BITS> inline void dequantize_as(const Instruction& ins, Team& team) {
+  constexpr int LANES = 16, PER = 32 / BITS, SOME = 256;
+  const Tensor &codes = ins.t(0), &scales = ins.t(1), &zeros = ins.t(2), &out = ins.t(3);
+  const int64_t words = codes.size[1], groups = scales.size[1], group = words * PER / groups, columns = out.size[1];
+  vu shift;
+  for (int l = 0; l < W; l++) shift[l] = BITS == 8 ? l % 4 * 8 : l % 4 * 8 + l % 8 / 4 * 4;
+  each_row(team, out.size[0], columns, [&](int64_t row) {
+    const int64_t part = row / LANES, lane = row % LANES;
+    const uint8_t* own = team.at<const uint8_t>(codes) + part * words * LANES * 4 + lane * 4;
+    alignas(64) float values[SOME];
+    for (int64_t begin = 0; begin < columns; begin += SOME) {
+      const int64_t end = std::min(begin + SOME, columns);
+      for (int64_t k = begin; k < end; k += W) {  // a group has a multiple of 32 columns, and codes are padded to whole groups
+        const int64_t g = (part * groups + k / group) * LANES + lane;
+        float scale, zero = float(1 << (BITS - 1));
+        widen(element(team.at<const void>(scales), scales.dtype, g), scales.dtype, &scale, 1);
+        if (zeros) widen(element(team.at<const void>(zeros), zeros.dtype, g), zeros.dtype, &zero, 1);
+        vu bits;
+        for (int l = 0; l < W; l += PER < W ? PER : W) {
+          uint32_t word;
+          std::memcpy(&word, own + (k + l) / PER * LANES * 4, sizeof(word));
+          for (int i = l; i < l + PER && i < W; i++) bits[i] = word;
+        }
+        const uint32_t more = BITS == 4 ? k % PER / 4 * 4 : 0;  // where a vector is half a word
+        const vi code = bits_as<vi>((bits >> (shift + more)) & ((1u << BITS) - 1));
+        store(values + k - begin, (__builtin_convertvector(code, vf) - zero) * scale);
+      }
+      narrow(values, element(team.at<void>(out), out.dtype, row * out.stride[0] + begin), out.dtype, end - begin);
+    }
+  });
+}
+inline void dequantize(const Instruction& ins, Team& team) {
+  return ins.ints[0] == 8 ? dequantize_as<8>(ins, team) : dequantize_as<4>(ins, team);
+}
+
 // tensors: positions [B, N], lengths [B], out [B, S] (int64)
 inline void key_positions(const Instruction& ins, Team& team) {
   const Tensor &positions = ins.t(0), &lengths = ins.t(1), &out = ins.t(2);

@@ -34,7 +34,7 @@ constexpr Op OPS[] = {
     {pointwise, pointwise_scratch}, {copy, no_scratch},           {gather, no_scratch}, {cache_update, no_scratch},
     {product, Product::scratch}, {softmax, softmax_scratch},      {map, no_scratch},  {index, no_scratch},
     {key_positions, no_scratch}, {visible, no_scratch}, {run_quantized_linear, no_scratch},
-    {quantized_embedding, no_scratch},
+    {quantized_embedding, no_scratch}, {dequantize, no_scratch},
 };
 
 struct Plan {

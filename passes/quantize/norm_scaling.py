@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from accelc.ir.program import fetch, store
 from accelc.ir.quantized import Scheme
 from accelc.passes.quantize.activation_aware import search_scales
 from accelc.passes.quantize.calibration import Calibration, run_calibrated
+from accelc.passes.quantize.memory import free
 from accelc.passes.quantize.products import Matrix, Product
 
 aten = torch.ops.aten
@@ -35,9 +36,14 @@ class Scaled:
 
 
 def scale_norms(
-    program: Program, matrices: Mapping[str, Matrix], schemes: Mapping[str, Scheme], text: Calibration
+    program: Program,
+    matrices: Mapping[str, Matrix],
+    schemes: Mapping[str, Scheme],
+    text: Calibration,
+    consumed: Collection[str] = (),
 ) -> str:
-    """Scale the weights behind each norm, and the norm's own, in place; new tensors, the old ones stay as they are.
+    """Scale the weights behind each norm, and the norm's own: new tensors, the old ones stay as they are, but for
+    weights `consumed`, by path, whose memory is given back.
 
     Returns a note on what that gained. Weights that read anything but such a norm are left as they are.
     """
@@ -58,7 +64,7 @@ def scale_norms(
     run_calibrated(program, matrices, text, collect)
     for group in groups:
         if group.norm in scales:
-            _fold(program, group, scales[group.norm])
+            _fold(program, group, scales[group.norm], consumed)
     if not gains:
         return "no norm is read by quantized weights alone: nothing scaled"
     return f"{len(gains)} norms scaled, their products' squared error is {sum(gains) / len(gains):.2f} of what it was"
@@ -126,7 +132,7 @@ def _keeps_last(view: fx.Node, source: fx.Node) -> bool:
     return bool(sizes) and sizes[-1] == fetch(module, str(weight.target)).shape[-1]  # type: ignore[index]
 
 
-def _fold(program: Program, group: Scaled, scales: Tensor) -> None:
+def _fold(program: Program, group: Scaled, scales: Tensor, consumed: Collection[str]) -> None:
     parts = _parameters(group.norm)
     offset = float(group.norm.args[3]) if group.norm.target is ops.rms_norm.default else 0.0  # type: ignore[arg-type]
     for index, part in enumerate(parts):
@@ -137,3 +143,5 @@ def _fold(program: Program, group: Scaled, scales: Tensor) -> None:
         own = fetch(program.module, matrix.path)
         factor = scales[:, None] if matrix.turned else scales
         store(program.module, matrix.path, (own.float() * factor).to(own.dtype))
+        if matrix.path in consumed:
+            free(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,16 @@ def calibrated_case(family: str) -> tuple[Program, Calibration]:
                 parameter[::9] += 7
     text = Calibration(torch.randint(3, 90, (8, 32), generator=torch.Generator().manual_seed(1)))
     return step_pipeline().run(capture(model, max_length=32)), text
+
+
+def test_consuming_frees_what_awq_scaled() -> None:
+    step, text = calibrated_case("llama")
+    weights = {name: tensor for name, tensor in step.tensors().items() if name.endswith("up_proj.weight")}
+    awq = QuantizeWeights(method="awq", calibration=text)
+    expected = logits(Pipeline([awq]).run(step))
+    assert torch.equal(logits(Pipeline([replace(awq, consume=True)]).run(step)), expected)
+    assert weights
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in weights.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
