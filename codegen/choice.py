@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,7 +106,8 @@ class Choice:
 
     def _seconds(self, trial: Instruction) -> tuple[float, float]:
         """The best of some turns of each, on random values."""
-        runs = [self._instance(steps) for steps in ([trial], torchs(trial) or [trial])]
+        inputs = {a.root: _random(a) for a in trial.arrays if a is not None and a.root in TRIAL}
+        runs = [self._instance(steps, inputs) for steps in ([trial], torchs(trial) or [trial])]
         best = [float("inf")] * len(runs)
         for turn, index in itertools.product(range(5), range(len(runs))):
             started = time.perf_counter()
@@ -115,15 +116,11 @@ class Choice:
                 best[index] = min(best[index], time.perf_counter() - started)
         return best[0], best[1]
 
-    def _instance(self, steps: Steps) -> Instance:
-        roots, values = Roots(), {}
-        for step in steps:
-            given = (step.x, step.weight, step.bias) if isinstance(step, Gemm) else step.arrays
-            for a in given:
-                if a is not None and a.root in TRIAL and a.root not in values:
-                    roots.add(a.root)
-                    values[a.root] = _random(a)
-        return Instance(assemble(steps, roots), values, self._library, self._threads)
+    def _instance(self, steps: Steps, inputs: Mapping[int, torch.Tensor]) -> Instance:
+        roots = Roots()
+        for root in inputs:
+            roots.add(root)
+        return Instance(assemble(steps, roots), inputs, self._library, self._threads)
 
 
 def _trial(ins: Instruction, rows: int) -> Instruction:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accelc.codegen import CompiledStep, Options, choice
+from accelc.codegen import CompiledStep, Options, choice, quantized
 from accelc.codegen.choice import Choice
 from accelc.ir.quantized import GROUPS, Scheme
 from accelc.ir.rounding import round_to_nearest
@@ -63,8 +63,6 @@ def test_dequantized_for_torch(rows, inner, outer, bits, group, symmetric, bias,
 
 
 def test_a_weight_is_dequantized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelc.codegen import quantized
-
     monkeypatch.setattr(quantized, "PIECE", 100 * 4 * 32)  # two blocks of rows
     made = round_to_nearest(torch.randn(100, 100), Scheme(4, 32))
     x = torch.randn(9, 100)
@@ -125,7 +123,9 @@ def test_a_real_measurement(clean_cache: Path, dtype: torch.dtype) -> None:
     assert float((step(x, w)[0].double() - want).abs().max()) <= 1e-2 * float(want.abs().max())
 
 
-def test_a_real_measurement_of_codes(clean_cache: Path) -> None:
+@pytest.mark.parametrize("piece", [2 << 20, 513 * 4 * 16])
+def test_a_real_measurement_of_codes(clean_cache: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(quantized, "PIECE", piece)  # at once, and a block at a time
     made = round_to_nearest(torch.randn(300, 513), Scheme(4, 32, False))
     x, bias = torch.randn(33, 513), torch.randn(300)
     gm, tensors = single(ops.quantized_linear.default, (x, made.codes, made.scales, made.zeros, bias, 4, 300))
