@@ -22,7 +22,7 @@ from accelc.ir import Exactness, Program
 from accelc.ir.errors import CheckError, ExactnessError, InputError, unknown_options
 from accelc.passes import Pass, Pipeline
 from accelc.passes.check_step import check_step
-from accelc.passes.closeness import allowed, computing_dtype, spread
+from accelc.passes.closeness import allowed, comparable, computing_dtype, spread
 from accelc.passes.quantize.methods import METHODS
 from accelc.passes.quantize_weights import AUTO, QuantizeWeights, quantization
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
@@ -176,8 +176,8 @@ def compile(
 def confirm(model: nn.Module, step: Program, run: Callable[..., Any], capacity: int) -> bool:
     """Whether a cached step computes the logits of the model as it is now, for five tokens in two chunks."""
     tokens = confirming_tokens(step)
-    expected = forward_logits(model, tokens).double()
-    difference = float((run_in_chunks(step, run, tokens, capacity) - expected).abs().max())
+    expected = comparable(forward_logits(model, tokens))
+    difference = float((run_in_chunks(step, run, tokens, capacity) - expected).abs_().max())
     return difference <= allowed(computing_dtype(step)) * spread(expected)  # NaN is no agreement
 
 
@@ -187,7 +187,7 @@ def confirm_compiled(step: Program, run: Callable[..., Any], capacity: int, acti
     """
     tokens = confirming_tokens(step)
     expected = run_in_chunks(step, step.run, tokens, capacity)
-    error = float((run_in_chunks(step, run, tokens, capacity) - expected).abs().max()) / spread(expected)
+    error = float((run_in_chunks(step, run, tokens, capacity) - expected).abs_().max()) / spread(expected)
     bound = max(allowed(computing_dtype(step)), 5e-3 if activation_bits == 16 else 0.2)
     if not error <= bound:
         raise CheckError(
@@ -203,14 +203,14 @@ def confirming_tokens(step: Program) -> torch.Tensor:
 
 
 def run_in_chunks(step: Program, run: Callable[..., Any], tokens: torch.Tensor, capacity: int) -> torch.Tensor:
-    """The logits [1, 5, V] in float64 of five tokens, in a chunk of four and one of one."""
+    """The logits [1, 5, V] of five tokens, in a chunk of four and one of one."""
     device = step.device
     states = [spec.allocate(1, capacity, device) for spec in step.states]
     got = []
     for begin, end in ((0, 4), (4, 5)):
         positions, lengths = torch.arange(begin, end)[None], torch.tensor([begin])
         chunk = tokens[:, begin:end].contiguous()
-        got.append(run(chunk, positions.to(device), lengths.to(device), *states)[0].double())
+        got.append(comparable(run(chunk, positions.to(device), lengths.to(device), *states)[0]))
     return torch.cat(got, dim=1)
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from accelc.ir import Program
 from accelc.ir.errors import CheckError, NonFiniteLogitsError, NotCausalError
-from accelc.passes.closeness import allowed, computing_dtype, is_half, spread
+from accelc.passes.closeness import allowed, comparable, computing_dtype, is_half, spread
 from accelc.passes.probe_forward import changed_tokens, draw_tokens, probe_causality, probe_lengths, rounding_noise
 
 Step = Callable[..., tuple[Tensor, ...]]
+Allocate = Callable[[], list[Tensor]]
 
 QUICK = 10
 """Checks of at most so many tokens probe the forward at fewer lengths."""
@@ -55,14 +56,14 @@ def check_step(
     run = run or step.run
     capacity = capacity or length + 16
 
-    def states() -> list[Tensor]:
+    def states() -> list[Tensor]:  # of one way at a time
         return [s.allocate(2, capacity, device) for s in step.states]
 
     generator = torch.Generator().manual_seed(seed)
     device = step.device
     tokens = draw_tokens(forward, 2, length, generator)
     # Later tokens are changed in a copy beside the original: two runs would read the weights twice.
-    expected, changed = forward.run(torch.cat([tokens, changed_tokens(forward, tokens)]))[0].double().chunk(2)
+    expected, changed = comparable(forward.run(torch.cat([tokens, changed_tokens(forward, tokens)]))[0]).chunk(2)
     if not bool(torch.isfinite(expected).all()):
         raise NonFiniteLogitsError("the model itself gives NaN or infinite logits for random tokens")
     scale = spread(expected)
@@ -76,7 +77,7 @@ def check_step(
             suspected=bool(step.facts.get("length_dependent")), thorough=length > QUICK,
         )  # fmt: skip
     except NotCausalError as error:
-        again = forward.run(tokens)[0].double()
+        again = comparable(forward.run(tokens)[0])
         if not float((again - expected).abs().max()) <= bound * scale:
             raise NotCausalError(
                 "the forward gives other logits for the same tokens when it is run again",
@@ -87,15 +88,15 @@ def check_step(
     modes = []
     ways = {"token by token": [1] * length, "uneven chunks": _uneven(length)}
     runs: list[tuple[str, Iterator[tuple[Tensor, Tensor]]]] = [
-        (name, _run_chunks(step, run, states(), tokens, chunks, expected)) for name, chunks in ways.items()
+        (name, _run_chunks(step, run, states, tokens, chunks, expected)) for name, chunks in ways.items()
     ]
     runs.append(
-        ("rows at different lengths, one rolled back", _run_ragged(step, run, states(), tokens, expected, vocabulary))
+        ("rows at different lengths, one rolled back", _run_ragged(step, run, states, tokens, expected, vocabulary))
     )
     if "tree" in step.inputs:
-        runs.append(("tree", _run_tree(step, run, states(), forward, tokens, vocabulary, generator)))
+        runs.append(("tree", _run_tree(step, run, states, forward, tokens, vocabulary, generator)))
     for name, pairs in runs:
-        furthest = max(float((got.double() - want).abs().max()) for got, want in pairs) / scale
+        furthest = max(float((comparable(got) - want).abs_().max()) for got, want in pairs) / scale
         if not furthest <= bound:  # also catches NaN
             raise CheckError(
                 f"the derived step differs from the forward when run {name}: {furthest:.2e} of the logits' spread "
@@ -117,9 +118,9 @@ def _call(step: Program, run: Step, tokens: Tensor, positions: Tensor, lengths: 
 
 
 def _run_chunks(
-    step: Program, run: Step, states: list[Tensor], tokens: Tensor, chunks: list[int], expected: Tensor
+    step: Program, run: Step, allocate: Allocate, tokens: Tensor, chunks: list[int], expected: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    batch = len(tokens)
+    batch, states = len(tokens), allocate()
     done = 0
     for n in chunks:
         positions = torch.arange(done, done + n, device=tokens.device).expand(batch, n)
@@ -130,10 +131,10 @@ def _run_chunks(
 
 
 def _run_ragged(
-    step: Program, run: Step, states: list[Tensor], tokens: Tensor, expected: Tensor, vocabulary: int
+    step: Program, run: Step, allocate: Allocate, tokens: Tensor, expected: Tensor, vocabulary: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Two rows that are never at the same length; the second takes wrong tokens first and is rolled back."""
-    batch, length = tokens.shape
+    (batch, length), states = tokens.shape, allocate()
     lengths = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
     speeds = torch.tensor([3, 1], device=tokens.device)
     offset = torch.arange(3, device=tokens.device)
@@ -161,13 +162,14 @@ def _run_ragged(
 def _run_tree(
     step: Program,
     run: Step,
-    states: list[Tensor],
+    allocate: Allocate,
     forward: Program,
     tokens: Tensor,
     vocabulary: int,
     generator: torch.Generator,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A random six-node tree after a prefix of different length per row; each path must equal its own forward."""
+    states = allocate()
     parents = [-1, 0, 0, 1, 1, 2]
     n = len(parents)
     paths = [_path(parents, i) for i in range(n)]
@@ -183,7 +185,7 @@ def _run_tree(
     for row in range(2):
         for i, path in enumerate(paths):
             sequence = torch.cat([tokens[row, : int(prefix[row])], nodes[row, path]])
-            yield got[row, i], forward.run(sequence[None])[0][0, -1].double()
+            yield got[row, i], comparable(forward.run(sequence[None])[0][0, -1])
 
 
 def _path(parents: list[int], node: int) -> list[int]:

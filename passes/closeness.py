@@ -15,6 +15,11 @@ NOISE_FACTOR, MOST = 4.0, 0.4
 """How many times its own rounding noise a half-precision model may differ, and the most that is ever allowed."""
 
 
+def comparable(logits: Tensor) -> Tensor:
+    """Logits as fp32, or fp64 where they are: exact, and so is the difference of neighbours."""
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
 def computing_dtype(step: Program) -> torch.dtype:
     """The dtype of the step's states, which is that of the values it computes with."""
     return next((s.dtype for s in step.states if s.dtype.is_floating_point), torch.float32)
