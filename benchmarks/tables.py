@@ -14,7 +14,6 @@ from samples import Case
 COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:.1f}"),
     ("of limit", "of_limit", "{:.2f}"),
-    ("step of limit", "step_of_limit", "{:.2f}"),
     ("accelc is", "accelc_is_faster", "{:.2f}x"),
     ("first token (s)", "first_token_seconds", "{:.2f}"),
     ("cold start (s)", "cold_start", "{:.1f}"),
@@ -32,7 +31,8 @@ def terminal(case: Case) -> Group:
         table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for name, figures in case.summary().items():
         table.add_row(case.rows[name].title, *_numbers(figures))
-    return Group(table, *(Padding(Text(f"{name}: {why}"), (0, 0, 0, 2)) for name, why in case.skipped.items()))
+    notes = [*_steps(case), *(f"{name}: {why}" for name, why in case.skipped.items())]
+    return Group(table, *(Padding(Text(note), (0, 0, 0, 2)) for note in notes))
 
 
 def markdown(cases: Sequence[Case], environment: dict[str, Any]) -> str:
@@ -51,10 +51,18 @@ def markdown(cases: Sequence[Case], environment: dict[str, Any]) -> str:
         for name, figures in case.summary().items():
             lines.append(_line([model, case.rows[name].title, *_numbers(figures)]))
             model = ""
+    steps = [f"- {case.shape} {case.dtype}, {note}" for case in cases for note in _steps(case)]
+    lines += ["", *steps] if steps else []
     skipped = [f"- {case.shape} {case.dtype}, {name}: {why}" for case in cases for name, why in case.skipped.items()]
     if skipped:
         lines += ["", "Not measured:", "", *skipped]
     return "\n".join(lines) + "\n"
+
+
+def _steps(case: Case) -> list[str]:
+    """What was measured of steps alone."""
+    shares = [(row.title, row.step_of_limit) for row in case.rows.values()]
+    return [f"a step of {title} alone: {share:.2f} of the limit" for title, share in shares if share is not None]
 
 
 def _numbers(figures: dict[str, Any]) -> list[str]:

@@ -137,6 +137,10 @@ def test_a_peer_that_fails_in_a_turn_is_left_out(monkeypatch: pytest.MonkeyPatch
                 raise WorkerError("weak", "out of breath")
             return Timed((1, 2), 0.5, 1.5)
 
+        def share_of_limit(self, context: int, step_bytes: float) -> float:
+            assert self.name == "accelc"
+            return 0.9
+
         def close(self) -> None:
             calls.append(f"{self.name} closed")
 
@@ -154,3 +158,4 @@ def test_a_peer_that_fails_in_a_turn_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert found.skipped == {"weak": "out of breath"}
     assert [len(found.rows[name].samples) for name in peers] == [3, 1]
     assert found.rows["accelc"].cold_start == 1.5
+    assert found.rows["accelc"].step_of_limit == 0.9

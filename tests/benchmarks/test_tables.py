@@ -53,6 +53,14 @@ def test_terminal_loses_nothing_at_80_columns(case: Case) -> None:
     assert " ".join(line.strip() for line in lines).count("a long reason") == 9
 
 
+def test_steps_alone_are_told_under_the_table(case: Case) -> None:
+    note = "a step of accelc alone: 0.93 of the limit"
+    assert note not in "\n".join(shown(case, 80)) + markdown([case], ENVIRONMENT)
+    case.rows["accelc"].step_of_limit = 0.934
+    assert note in "\n".join(shown(case, 80))
+    assert f"- 160m fp32, {note}" in markdown([case], ENVIRONMENT)
+
+
 def test_terminal_keeps_a_decoder_on_one_line_where_there_is_room(case: Case) -> None:
     lines = shown(case, 140)
     for row in case.rows.values():
