@@ -24,9 +24,10 @@ from accelc.passes import Pass, Pipeline
 from accelc.passes.check_step import check_step
 from accelc.passes.closeness import allowed, comparable, computing_dtype, spread
 from accelc.passes.quantize.methods import METHODS
-from accelc.passes.quantize_weights import AUTO, QuantizeWeights, quantization
+from accelc.passes.quantize_weights import NONE, QuantizeWeights, is_automatic, quantization
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
 from accelc.program_cache import forget_programs, load_programs, store_programs
+from accelc.quantized_linear import QuantizedModule
 from accelc.runtime import cache_capacity
 from accelc.runtime.arguments import check_vocabulary, token_ids
 
@@ -94,15 +95,19 @@ def compile(
     if quantizing is not None and quantizing.exactness < require:
         raise ExactnessError(f"quantize makes the decoder {quantizing.exactness}, and {require} is required",
                              remedy="Leave out quantize= or require=.")  # fmt: skip
+    read = 0
     if isinstance(model, str | Path):
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
         model, quantizing = load_model_for(model, quantizing)
+        read = sum(isinstance(module, QuantizedModule) for module in model.modules())
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module or a directory, got {type(model).__name__}")
     length = max_length if max_length is not None else default_length(model)
     chunk = min(chunk, length)
     capacity = cache_capacity(length, chunk)
     report = CompileReport()
+    if read:
+        report.notices.append(f"{read} linears and tables of the directory are in few bits since they were read")
     if backend == "native":
         prepare()  # the compiler, where it is needed, runs beside capture
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -230,8 +235,10 @@ def load_model_for(
         raise InputError(f"the model in {path} is quantized already", remedy="Leave quantize= out.")
     left: QuantizeWeights = optional(replace(quantizing, consume=True))  # type: ignore[assignment]
     plain = (quantizing.include, quantizing.exclude, quantizing.overrides) == ("*", "", "")
-    if quantizing.method not in METHODS or not plain or quantizing.scheme.endswith(AUTO):
-        return load_model(path, dtype=dtype), left
+    chosen = any(is_automatic(scheme) for scheme in (quantizing.scheme, quantizing.head))
+    if quantizing.method not in METHODS or not plain or chosen or quantizing.scheme == NONE:
+        log.info("%s is read whole and then quantized: patterns, calibration and chosen groups need the program", path)
+        return load_model(path, dtype=dtype), replace(quantizing, consume=True)
     options = {"head": quantizing.head, "method": quantizing.method}
     return load_quantized(path, quantizing.scheme, dtype=dtype, **options), left
 

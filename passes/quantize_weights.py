@@ -22,7 +22,8 @@ from accelc.passes.quantize.rewrite import rewrite
 from accelc.passes.registry import register_pass
 
 NONE = "none"
-AUTO = ":auto"
+AUTO = "auto"
+"""The part of a scheme that leaves the group to the weights."""
 
 
 @register_pass
@@ -68,11 +69,13 @@ class QuantizeWeights(Pass):
     consume: bool = False
 
     def run(self, program: Program) -> PassResult:
-        self._check_options()
+        self.check_options()
         program = program.clone()
         matrices = find_matrices(program)
         head = head_of(program, matrices)
         schemes = self._schemes(program, matrices, head)
+        if not schemes and self.expected_matches[0]:
+            raise OptionValueError("no weight is left to quantize", where=str(self), remedy=_nothing(program, matrices))
         for path in schemes:
             if not all_finite(fetch(program.module, path)):
                 raise InputError(f"the weight {path} holds NaN or infinite values", remedy="Repair the checkpoint.")
@@ -93,7 +96,19 @@ class QuantizeWeights(Pass):
         program.module.recompile()
         return PassResult(program.clone(), matches, (*self._notes(matrices, schemes, head, before, after), *notes))
 
-    def _check_options(self) -> None:
+    def check_options(self) -> None:
+        """Raise OptionValueError, or InputError for a scheme, unless each option has a value that it may have."""
+        texts = ("scheme", "head", "embeddings", "method", "include", "exclude", "overrides")
+        for name in texts:
+            if not isinstance(getattr(self, name), str):
+                raise OptionValueError(
+                    f"{name} is {getattr(self, name)!r}, not a text",
+                    where=type(self).__name__,
+                    remedy=f"Give {name} as a text; the default is {getattr(type(self), name)!r}.",
+                )
+        for text in (self.scheme, self.head, self.embeddings):
+            if text not in ("", NONE):
+                parse_scheme(text)
         if self.method not in METHODS and self.method not in CALIBRATED:
             raise OptionValueError(
                 f"unknown method {self.method!r}",
@@ -124,10 +139,10 @@ class QuantizeWeights(Pass):
                 texts[path] = text
         kept = selected(matrices, self.include, self.exclude, where=str(self))
         texts = {path: text for path, text in texts.items() if path in kept and text != NONE}
-        automatic = [path for path, text in texts.items() if text.endswith(AUTO)]
+        automatic = [path for path, text in texts.items() if is_automatic(text)]
         if self.scheme not in (NONE, *texts.values()):  # a wrong one is an error even where nothing takes it
-            Scheme.parse(self.scheme.removesuffix(AUTO))
-        schemes = {path: Scheme.parse(text.removesuffix(AUTO)) for path, text in texts.items()}
+            parse_scheme(self.scheme)
+        schemes = {path: parse_scheme(text) for path, text in texts.items()}
         if automatic:
             schemes |= _automatic(program, {p: matrices[p] for p in automatic}, {p: schemes[p] for p in automatic})
         return {path: schemes[path] for path in texts}
@@ -169,6 +184,8 @@ class QuantizeWeights(Pass):
             if path != head:
                 groups[str(scheme)] = groups.get(str(scheme), 0) + 1
         listed = ", ".join(f"{count} in {scheme}" for scheme, count in groups.items())
+        if not schemes:
+            return ["no weight was left to quantize"]
         notes = [f"{len(schemes)} weights by {self.method}, {before} bytes to {after}: {listed}"]
         if head in schemes:
             notes.append(f"head {head}: {schemes[head]}")
@@ -180,14 +197,38 @@ class QuantizeWeights(Pass):
 
 def quantization(given: str | QuantizeWeights | None) -> QuantizeWeights | None:
     """The pass that the option `quantize` means. Raises InputError."""
+    if isinstance(given, QuantizeWeights):
+        given.check_options()
     if given is None or isinstance(given, QuantizeWeights):
         return given
     if not isinstance(given, str):
         raise InputError(
             f"quantize is {given!r}", remedy="Give a scheme such as 'int4' or 'int8:g64', or QuantizeWeights(...)."
         )
-    Scheme.parse(given.removesuffix(AUTO))
+    parse_scheme(given)
     return QuantizeWeights(scheme=given, head="int8" if given.startswith("int4") else given)
+
+
+def is_automatic(scheme: str) -> bool:
+    """Whether a scheme's text leaves the group to the weights."""
+    return AUTO in scheme.split(":")[1:]
+
+
+def parse_scheme(text: str) -> Scheme:
+    """The scheme that a text means, without what it says of choosing groups. Raises InputError."""
+    return Scheme.parse(":".join(part for i, part in enumerate(text.split(":")) if i == 0 or part != AUTO))
+
+
+def _nothing(program: Program, matrices: dict[str, Matrix]) -> str:
+    if any(path.endswith(".codes") for path in program.tensors()):
+        return "The model's weights are quantized already: leave this out."
+    if not matrices:
+        return "The program has no product with a weight."
+    names = ", ".join(list(matrices)[:4])
+    return (
+        f"Check include, exclude and the schemes (tables that are only looked up have their own, embeddings); "
+        f"names are, for example: {names}."
+    )
 
 
 def _automatic(program: Program, matrices: dict[str, Matrix], schemes: dict[str, Scheme]) -> dict[str, Scheme]:
