@@ -140,8 +140,6 @@ class QuantizeWeights(Pass):
         kept = selected(matrices, self.include, self.exclude, where=str(self))
         texts = {path: text for path, text in texts.items() if path in kept and text != NONE}
         automatic = [path for path, text in texts.items() if is_automatic(text)]
-        if self.scheme not in (NONE, *texts.values()):  # a wrong one is an error even where nothing takes it
-            parse_scheme(self.scheme)
         schemes = {path: parse_scheme(text) for path, text in texts.items()}
         if automatic:
             schemes |= _automatic(program, {p: matrices[p] for p in automatic}, {p: schemes[p] for p in automatic})
