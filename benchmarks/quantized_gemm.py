@@ -13,8 +13,11 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +40,10 @@ FEWEST = 4
 GROUP = 128
 TOLERANCE = 0.02
 """Of the largest output, for results to count as right; 4-bit weights rounded to bf16 once more stay within it."""
+
+
+TUNED: dict[str, dict[str, float]] = {}
+"""Microseconds of accelc's tiles, each beside a flushed cache, by scheme, matrix and tokens."""
 
 
 class Unavailable(Exception):
@@ -203,7 +210,7 @@ def measure(
         for count in rows:
             x = torch.randn(count, k, device="cuda", dtype=torch.bfloat16)
             if name == "accelc" and tune:
-                tune_tile(x, weight, tune)
+                tune_tile(x, weight, matrix, tune)
             check(product, x, weight)
             seconds = seconds_of(products, x)
             samples.append(Sample(name, str(scheme), matrix, count, seconds * 1e6, size / seconds / limit))
@@ -220,12 +227,69 @@ def measure(
     return samples, ""
 
 
-def tune_tile(x: Tensor, weight: QuantizedWeight, most: int) -> None:
-    """Measure accelc's tiles for a shape, unless a database of an earlier run has it."""
+def tune_tile(x: Tensor, weight: QuantizedWeight, matrix: str, most: int) -> None:
+    """Measure accelc's tiles for a shape, once for all numbers of rows that share one; the times go to TUNED."""
     from accelc.codegen.gpu import tile_weight
     from accelc.codegen.gpu.quantized_gemm import tune
+    from accelc.codegen.gpu.tiles import tokens_of
 
-    tune(x, tile_weight(weight), most)
+    key = f"{weight.scheme}, {matrix}, {tokens_of(x.shape[0])} tokens"
+    if key not in TUNED:
+        TUNED[key] = {str(tile): round(seconds, 2) for tile, seconds in tune(x, tile_weight(weight), most).items()}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one compiled kernel is made for; the sizes of a matrix do not matter otherwise."""
+
+    scheme: Scheme
+    matrix: str
+    rows: int
+    tile: Any
+    """`accelc.codegen.gpu.Tile`."""
+
+
+def kernels_to_measure(schemes: Sequence[Scheme], rows: Sequence[int], most: int) -> list[Kernel]:
+    """Every kernel that `tune_tile` will ask for, each once."""
+    from accelc.codegen.gpu.quantized_gemm import target_of
+    from accelc.codegen.gpu.tiles import Weights, candidates
+
+    target = target_of(torch.device("cuda"))
+    found: dict[tuple[Scheme, Any], Kernel] = {}
+    for scheme in schemes:
+        for matrix, (n, k) in MATRICES.items():
+            for count in rows:
+                for tile in candidates(Weights(scheme, n, k), count, target)[: max(most, 1)]:
+                    found.setdefault((scheme, tile), Kernel(scheme, matrix, count, tile))
+    return list(found.values())
+
+
+def compile_kernels(kernels: Sequence[Kernel]) -> None:
+    """Leave compiled kernels in Triton's cache, from which the measuring process takes them."""
+    from triton.runtime.errors import OutOfResources
+
+    from accelc.codegen.gpu import tile_weight
+    from accelc.codegen.gpu.quantized_gemm import quantized_gemm
+
+    weights: dict[tuple[Scheme, str], Any] = {}
+    for kernel in kernels:
+        n, k = MATRICES[kernel.matrix]
+        key = kernel.scheme, kernel.matrix
+        if key not in weights:
+            weights = {key: tile_weight(random_weight(kernel.scheme, n, k))}
+        x = torch.randn(kernel.rows, k, device="cuda", dtype=torch.bfloat16)
+        try:
+            quantized_gemm(x, weights[key], tile=kernel.tile)
+        except OutOfResources:
+            continue
+
+
+def compile_beside(kernels: Sequence[Kernel], jobs: int) -> None:
+    """Compile in `jobs` processes; each prepares kernels of every kind, since some take longer than others."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for done in [pool.submit(compile_kernels, kernels[first::jobs]) for first in range(jobs)]:
+            done.result()
 
 
 def tables(samples: Sequence[Sample], scheme: str, rows: Sequence[int]) -> list[Table]:
@@ -250,6 +314,7 @@ def main(
     rows: Annotated[str, typer.Option(help="Rows of x, separated by commas.")] = ",".join(map(str, ROWS)),
     contenders: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(CONTENDERS),
     tune: Annotated[int, typer.Option(help="Tiles of accelc to measure for each shape; 0: take the model's.")] = 12,
+    jobs: Annotated[int, typer.Option(help="Processes that compile accelc's kernels; 0: one a core, at most 8.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure, print tables, and write the samples to a file."""
@@ -262,6 +327,10 @@ def main(
     if not torch.cuda.is_available():
         console.print("No CUDA device: nothing is measured. Run it on a machine with a GPU and a torch built for it.")
         raise typer.Exit(0)
+    if "accelc" in names:
+        wanted = kernels_to_measure(parsed, counts, tune)
+        with console.status(f"compiling {len(wanted)} kernels"):
+            compile_beside(wanted, jobs or min(8, os.cpu_count() or 1))
     limit = bandwidth()
     console.print(f"{torch.cuda.get_device_name()}: a copy moves {limit / 1e9:.0f} GB/s")
     samples: list[Sample] = []
@@ -284,6 +353,7 @@ def main(
             "bandwidth": limit,
             "samples": [asdict(sample) for sample in samples],
             "missing": missing,
+            "tiles": TUNED,
         }
         output.write_text(json.dumps(record, indent=1) + "\n")
 
