@@ -13,7 +13,10 @@ PACKAGES = ("torch", "transformers", "triton", "llama-cpp-python", "ctranslate2"
 
 
 def describe() -> dict:
-    """A JSON-ready record of this machine, these versions and this commit; `dirty` means uncommitted changes."""
+    """A JSON-ready record of this machine, these versions and this commit; `dirty` means uncommitted changes.
+
+    For a copy of the files without their history, the environment variable BENCHMARK_COMMIT names the commit.
+    """
     versions = {}
     for name in PACKAGES:
         try:
@@ -29,7 +32,7 @@ def describe() -> dict:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("BENCHMARK_COMMIT", ""),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
