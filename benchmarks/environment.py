@@ -15,8 +15,9 @@ PACKAGES = ("torch", "transformers", "triton", "llama-cpp-python", "ctranslate2"
 def describe() -> dict:
     """A JSON-ready record of this machine, these versions and this commit; `dirty` means uncommitted changes.
 
-    For a copy of the files without their history, the environment variable BENCHMARK_COMMIT names the commit.
+    For a copy of a commit's files without its history, the environment variable BENCHMARK_COMMIT names it.
     """
+    named = os.environ.get("BENCHMARK_COMMIT", "")
     versions = {}
     for name in PACKAGES:
         try:
@@ -32,8 +33,8 @@ def describe() -> dict:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("BENCHMARK_COMMIT", ""),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": named or _git("rev-parse", "--short", "HEAD"),
+        "dirty": not named and bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
 

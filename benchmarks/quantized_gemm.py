@@ -10,15 +10,15 @@ in a model. Each contender's result is compared with the dequantized weights bef
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import json
 import multiprocessing
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,14 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from accelc.codegen.gpu.measure import copies, seconds_in_a_graph, seconds_of
 from accelc.ir.quantized import QuantizedWeight, Scheme, unpack
 
 MATRICES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate and up": (28672, 4096), "down": (4096, 14336)}
 """[N, K] of Llama-3.1-8B, projections of one input joined."""
 ROWS = (1, 4, 8, 16, 32, 64)
-CACHES = 3.0
-"""Copies of a weight take this many times the second-level cache."""
-FEWEST = 4
 GROUP = 128
 TOLERANCE = 0.02
 """Of the largest output, for results to count as right; 4-bit weights rounded to bf16 once more stay within it."""
@@ -154,36 +152,8 @@ def bandwidth() -> float:
     """Bytes a second of a copy of 2 GiB, read and written, the best of some."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    seconds = min(timed(lambda: target.copy_(source)) for _ in range(10))
+    seconds = min(seconds_of(lambda: target.copy_(source)) for _ in range(10))
     return 2 * source.nbytes / seconds
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds on the device."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def seconds_of(products: Sequence[Product], x: Tensor, replays: int = 30) -> float:
-    """Seconds of one product, all of `products` in turn in a captured graph; the median of replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles and tunes what is tuned at the first calls
-            for product in products:
-                product(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for product in products:
-            product(x)
-    for _ in range(3):
-        graph.replay()
-    return statistics.median(timed(graph.replay) for _ in range(replays)) / len(products)
 
 
 def check(product: Product, x: Tensor, weight: QuantizedWeight) -> None:
@@ -204,15 +174,14 @@ def measure(
     samples: list[Sample] = []
     try:
         product, size = CONTENDERS[name](weight)
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        copies = max(FEWEST, int(CACHES * cache / size) + 1)
-        products = [product, *(CONTENDERS[name](random_weight(scheme, n, k))[0] for _ in range(copies - 1))]
+        others = range(copies(size) - 1)
+        products = [product, *(CONTENDERS[name](random_weight(scheme, n, k))[0] for _ in others)]
         for count in rows:
             x = torch.randn(count, k, device="cuda", dtype=torch.bfloat16)
             if name == "accelc" and tune:
                 tune_tile(x, weight, matrix, tune)
             check(product, x, weight)
-            seconds = seconds_of(products, x)
+            seconds = seconds_in_a_graph([functools.partial(product, x) for product in products])
             samples.append(Sample(name, str(scheme), matrix, count, seconds * 1e6, size / seconds / limit))
     except Unavailable as reason:
         return samples, str(reason)
@@ -230,10 +199,10 @@ def measure(
 def tune_tile(x: Tensor, weight: QuantizedWeight, matrix: str, most: int) -> None:
     """Measure accelc's tiles for a shape, once for all numbers of rows that share one; the times go to TUNED."""
     from accelc.codegen.gpu import tile_weight
-    from accelc.codegen.gpu.quantized_gemm import tune
+    from accelc.codegen.gpu.quantized_gemm import target_of, tune
     from accelc.codegen.gpu.tiles import tokens_of
 
-    key = f"{weight.scheme}, {matrix}, {tokens_of(x.shape[0])} tokens"
+    key = f"{weight.scheme}, {matrix}, {tokens_of(x.shape[0], target_of(x.device))} tokens"
     if key not in TUNED:
         TUNED[key] = {str(tile): round(seconds, 2) for tile, seconds in tune(x, tile_weight(weight), most).items()}
 
@@ -255,12 +224,13 @@ def kernels_to_measure(schemes: Sequence[Scheme], rows: Sequence[int], most: int
     from accelc.codegen.gpu.tiles import Weights, candidates
 
     target = target_of(torch.device("cuda"))
-    found: dict[tuple[Scheme, Any], Kernel] = {}
+    found: dict[Any, Kernel] = {}
     for scheme in schemes:
         for matrix, (n, k) in MATRICES.items():
             for count in rows:
                 for tile in candidates(Weights(scheme, n, k), count, target)[: max(most, 1)]:
-                    found.setdefault((scheme, tile), Kernel(scheme, matrix, count, tile))
+                    key = scheme, replace(tile, split=min(tile.split, 2))  # whether K is split, not how often
+                    found.setdefault(key, Kernel(scheme, matrix, count, tile))
     return list(found.values())
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Outputs are written before the input is read for the last time: they may not share its register.
 _ONE_TO_TWO, _ONE_TO_FOUR = tl.constexpr("=&r,=&r,r"), tl.constexpr("=&r,=&r,=&r,=&r,r")
@@ -287,21 +288,65 @@ def _finish(y, m, n, M, N, out_ptr, bias_ptr, residual_ptr, residual_stride, ACT
     tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=keep)
 
 
+@triton.jit
+def _inputs(x_at, step, m, k, M, K, STEP: tl.constexpr, EVEN: tl.constexpr):
+    """x [TOKENS, STEP] of a step; zeros from row M on, and beyond K."""
+    if EVEN:
+        return tl.load(x_at + step * STEP, mask=m[:, None] < M, other=0.0)
+    else:
+        return tl.load(x_at + step * STEP, mask=(m[:, None] < M) & (k[None, :] < K - step * STEP), other=0.0)
+
+
+@triton.jit
+def _step(
+    acc, v, x, scale, zero, ones, excess,
+    BITS: tl.constexpr, MODE: tl.constexpr, TWO: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The sums acc [ROWS, TOKENS] and the products of codes v [bands, units, elements] with x [TOKENS, STEP], scaled.
+
+    Bands come first in memory, so that Triton gives them to the warps that hold their rows.
+
+    A product starts from zero, and its sums are scaled and added, also where a row has one scale for all steps: sums
+    carried from one product to the next let Triton leave products in flight across steps, while the registers of their
+    operands are written anew.
+    """
+    TURNS: tl.constexpr = ROWS // (16 * WARPS)
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    v = tl.permute(v, (1, 0, 2))
+    xt = tl.trans(x)
+    nothing = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    if TWO:
+        low, top = _unpack_parts(v, ASM, ROWS, STEP, WIDE)
+        part = _dot(top, xt, _dot(low, xt, nothing, WIDEN), WIDEN)
+    else:
+        part = _dot(_unpack(v, x.dtype, BITS, MODE == "exact", ASM, ROWS, STEP, WIDE), xt, nothing, WIDEN)
+    if SUMS:
+        sums = _dot(ones, xt, tl.full((16 * WARPS, TOKENS), 0.0, tl.float32), WIDEN)
+        totals = _repeat(sums, TURNS, ROWS, TOKENS)
+        if zero is None:
+            part -= (excess + MIDDLE) * totals
+        else:
+            part -= (excess + _rows(zero, ROWS)) * totals
+    return acc + part * _rows(scale, ROWS)
+
+
 # One kernel serves every number of tokens that takes the same tile.
 @triton.jit(do_not_specialize=["M"])
 def quantized_gemm_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, out_ptr,
     M, N, K, x_stride, residual_stride, bands, units, groups, steps, steps_per_split,
     BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
-    WARPS: tl.constexpr, MODE: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, WGMMA: tl.constexpr,
-    WIDEN: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, PARTIAL: tl.constexpr,
+    WARPS: tl.constexpr, MODE: tl.constexpr, DIRECT: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    WGMMA: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS outputs by TOKENS tokens, over a part of K.
 
     x [M, K] with rows `x_stride` apart; codes, scales and zeros of a TiledWeight; bias [N]; residual [M, N]; out
-    [M, N], or fp32 partial sums [SPLIT, M, N] without epilogue where SPLIT > 1. The grid is (bands of ROWS, SPLIT,
-    blocks of TOKENS).
+    [M, N], or, where PARTIAL, fp32 sums [splits, M, N] of parts of K without epilogue. The grid is (bands of ROWS,
+    splits, blocks of TOKENS).
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     UNIT: tl.constexpr = 4 * WIDE * BITS  # int16 elements of a unit
@@ -311,7 +356,6 @@ def quantized_gemm_kernel(
     TWO: tl.constexpr = MODE == "biased" and BITS == 8 and dtype == tl.bfloat16
     BIASED: tl.constexpr = MODE == "biased" and not TWO
     SUMS: tl.constexpr = BIASED or zeros_ptr is not None
-    MIDDLE: tl.constexpr = 1 << (BITS - 1)
 
     band = tl.program_id(0) * BANDS + tl.arange(0, BANDS)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -320,8 +364,8 @@ def quantized_gemm_kernel(
     begin = tl.program_id(1) * steps_per_split
     end = tl.minimum(begin + steps_per_split, steps)
 
-    within = tl.arange(0, UNITS)[:, None, None] * UNIT + tl.arange(0, UNIT)[None, None, :]
-    code_at = codes_ptr + band.to(tl.int64)[None, :, None] * units * UNIT + within
+    within = tl.arange(0, UNITS)[None, :, None] * UNIT + tl.arange(0, UNIT)[None, None, :]
+    code_at = codes_ptr + band.to(tl.int64)[:, None, None] * units * UNIT + within  # [BANDS, UNITS, UNIT]
     k = tl.arange(0, STEP)
     x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
 
@@ -332,11 +376,9 @@ def quantized_gemm_kernel(
     else:
         base = tl.full((ROWS, 1), 128.0, tl.float32)
     # What a zero of the sums is in terms of what is summed: base + zero, or zero - middle.
-    excess = base if BIASED else tl.full((ROWS, 1), -MIDDLE, tl.float32)
+    excess = base if BIASED else tl.full((ROWS, 1), -(1 << (BITS - 1)), tl.float32)
 
     acc = tl.full((ROWS, TOKENS), 0.0, tl.float32)
-    sums = tl.full((16 * WARPS, TOKENS), 0.0, tl.float32)  # of x, the same in each row
-    nothing = tl.full((ROWS, TOKENS), 0.0, tl.float32)
     if ASM and WGMMA:
         # Ones that the compiler does not see through (no element is loaded: M is positive) stay in shared memory. A
         # constant would be moved into registers again for each instruction.
@@ -345,60 +387,78 @@ def quantized_gemm_kernel(
     else:
         ones = tl.full((16 * WARPS, STEP), 1.0, tl.float32).to(dtype)
     RATIO: tl.constexpr = 1 if GROUP == 0 else GROUP // STEP
-    # Scales are fetched ahead in registers: they are too narrow for copies to shared memory. The pipeliner takes loops
-    # only if what they carry is made in them, so that two steps ahead need an unrolled loop.
-    AHEAD: tl.constexpr = 1 if UNROLL == 1 else 2
-    if GROUP != 0:
-        last = groups - 1
-        s0 = _lane_values(scales_ptr, band, groups, tl.minimum(begin // RATIO, last), BANDS, TURNS)
-        s1 = _lane_values(scales_ptr, band, groups, tl.minimum((begin + AHEAD - 1) // RATIO, last), BANDS, TURNS)
+    SPAN: tl.constexpr = UNITS * UNIT
+    final, last = end - 1, groups - 1
+    if PDL == 1:
+        gdc_wait()
+        gdc_launch_dependents()
+    # What goes straight to registers is fetched one iteration ahead: scales, which are too narrow for copies to shared
+    # memory, and the codes where DIRECT. The pipeliner takes loops only if what they carry is made in them. A second
+    # step beyond the end meets an x of zeros.
+    if DIRECT:
+        v0 = tl.load(code_at + begin * SPAN)
+        if UNROLL == 2:
+            v1 = tl.load(code_at + tl.minimum(begin + 1, final) * SPAN)
+    at = 0 if GROUP == 0 else begin // RATIO
+    s0 = _lane_values(scales_ptr, band, groups, at, BANDS, TURNS)
+    if zeros_ptr is not None:
+        z0 = _lane_values(zeros_ptr, band, groups, at, BANDS, TURNS)
+    if UNROLL == 2 and GROUP != 0:
+        at = tl.minimum((begin + 1) // RATIO, last)
+        s1 = _lane_values(scales_ptr, band, groups, at, BANDS, TURNS)
         if zeros_ptr is not None:
-            z0 = _lane_values(zeros_ptr, band, groups, tl.minimum(begin // RATIO, last), BANDS, TURNS)
-            z1 = _lane_values(zeros_ptr, band, groups, tl.minimum((begin + AHEAD - 1) // RATIO, last), BANDS, TURNS)
-    for step in tl.range(begin, end, num_stages=STAGES, loop_unroll_factor=None if UNROLL == 1 else UNROLL):
-        v = tl.load(code_at + step * (UNITS * UNIT))
-        if EVEN:
-            x = tl.load(x_at + step * STEP, mask=m[:, None] < M, other=0.0)
+            z1 = _lane_values(zeros_ptr, band, groups, at, BANDS, TURNS)
+    if PDL == 2:
+        gdc_wait()
+        gdc_launch_dependents()
+    for step in tl.range(begin, end, UNROLL, num_stages=STAGES):
+        if DIRECT:
+            next_v0 = tl.load(code_at + tl.minimum(step + UNROLL, final) * SPAN)
+            if UNROLL == 2:
+                next_v1 = tl.load(code_at + tl.minimum(step + 3, final) * SPAN)
         else:
-            x = tl.load(x_at + step * STEP, mask=(m[:, None] < M) & (k[None, :] < K - step * STEP), other=0.0)
+            v0 = tl.load(code_at + step * SPAN)
+            if UNROLL == 2:
+                v1 = tl.load(code_at + tl.minimum(step + 1, final) * SPAN)
+        x0 = _inputs(x_at, step, m, k, M, K, STEP, EVEN)
+        if UNROLL == 2:
+            x1 = _inputs(x_at, step + 1, m, k, tl.where(step < final, M, 0), K, STEP, EVEN)
         if GROUP != 0:
-            s2 = _lane_values(scales_ptr, band, groups, tl.minimum((step + AHEAD) // RATIO, last), BANDS, TURNS)
+            at = tl.minimum((step + UNROLL) // RATIO, last)
+            next_s0 = _lane_values(scales_ptr, band, groups, at, BANDS, TURNS)
             if zeros_ptr is not None:
-                z2 = _lane_values(zeros_ptr, band, groups, tl.minimum((step + AHEAD) // RATIO, last), BANDS, TURNS)
-        xt = tl.trans(x)
-        start = acc if GROUP == 0 else nothing
-        if TWO:
-            low, top = _unpack_parts(v, ASM, ROWS, STEP, WIDE)
-            part = _dot(top, xt, _dot(low, xt, start, WIDEN), WIDEN)
-        else:
-            w = _unpack(v, dtype, BITS, MODE == "exact", ASM, ROWS, STEP, WIDE)
-            part = _dot(w, xt, start, WIDEN)
-        if SUMS:
-            sums = _dot(ones, xt, sums if GROUP == 0 else tl.full((16 * WARPS, TOKENS), 0.0, tl.float32), WIDEN)
-        if GROUP == 0:
-            acc = part
-        else:
-            if SUMS:
-                totals = _repeat(sums, TURNS, ROWS, TOKENS)
-                if zeros_ptr is None:
-                    part -= (excess + MIDDLE) * totals
-                else:
-                    part -= (excess + _rows(z0, ROWS)) * totals
-                    z0 = z1 if AHEAD == 2 else z2
-                    z1 = z2
-            acc += part * _rows(s0, ROWS)
-            s0 = s1 if AHEAD == 2 else s2
-            s1 = s2
-    if GROUP == 0:
-        if SUMS:
-            totals = _repeat(sums, TURNS, ROWS, TOKENS)
-            if zeros_ptr is None:
-                acc -= (excess + MIDDLE) * totals
-            else:
-                acc -= (excess + _rows(_lane_values(zeros_ptr, band, groups, 0, BANDS, TURNS), ROWS)) * totals
-        acc *= _rows(_lane_values(scales_ptr, band, groups, 0, BANDS, TURNS), ROWS)
+                next_z0 = _lane_values(zeros_ptr, band, groups, at, BANDS, TURNS)
+            if UNROLL == 2:
+                at = tl.minimum((step + 3) // RATIO, last)
+                next_s1 = _lane_values(scales_ptr, band, groups, at, BANDS, TURNS)
+                if zeros_ptr is not None:
+                    next_z1 = _lane_values(zeros_ptr, band, groups, at, BANDS, TURNS)
+        zero = None if zeros_ptr is None else z0
+        acc = _step(
+            acc, v0, x0, s0, zero, ones, excess, BITS, MODE, TWO, SUMS, ROWS, TOKENS, STEP, WIDE, WARPS, ASM, WIDEN
+        )
+        if UNROLL == 2:
+            scale = s0 if GROUP == 0 else s1
+            if zeros_ptr is not None:
+                zero = z0 if GROUP == 0 else z1
+            acc = _step(
+                acc, v1, x1, scale, zero, ones, excess, BITS, MODE, TWO, SUMS, ROWS, TOKENS, STEP, WIDE, WARPS, ASM,
+                WIDEN,
+            )  # fmt: skip
+        if DIRECT:
+            v0 = next_v0
+            if UNROLL == 2:
+                v1 = next_v1
+        if GROUP != 0:
+            s0 = next_s0
+            if zeros_ptr is not None:
+                z0 = next_z0
+            if UNROLL == 2:
+                s1 = next_s1
+                if zeros_ptr is not None:
+                    z1 = next_z1
 
-    if SPLIT == 1:
+    if not PARTIAL:
         _finish(acc, m[None, :], n[:, None], M, N, out_ptr, bias_ptr, residual_ptr, residual_stride, ACTIVATION)
     else:
         at = (tl.program_id(1) * M + m[None, :]).to(tl.int64) * N + n[:, None]
@@ -408,12 +468,15 @@ def quantized_gemm_kernel(
 @triton.jit(do_not_specialize=["M"])
 def split_sum_kernel(
     parts_ptr, bias_ptr, residual_ptr, out_ptr, M, N, residual_stride,
-    SPLIT: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums fp32 [SPLIT, M, N] added in the order of the splits, and the epilogue: out [M, N].
 
     The grid is (N / COLUMNS rounded up, M).
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(1) + tl.arange(0, 1)
     y = tl.full((COLUMNS,), 0.0, tl.float32)

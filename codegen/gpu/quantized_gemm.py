@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, Literal, get_args
 
 import torch
 import triton
-import triton.testing
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from . import kernels, tuning
+from . import kernels, measure, tuning
 from .errors import KernelInputError
-from .layout import BAND, TiledWeight, unit_columns
+from .layout import BAND, TiledWeight, unit_columns, untile_weight
 from .tiles import Tile, Weights, candidates
 
 Activation = Literal["none", "silu", "gelu_tanh", "relu"]
+import os
+PDL = int(os.environ.get("PDL", "1"))
 SUM_COLUMNS = 256
 """Outputs of one program of the kernel that adds the parts."""
 
@@ -63,12 +65,13 @@ def quantized_gemm(
         weight.codes.shape[0], weight.codes.shape[1], weight.groups, steps, per_split,
         **constants(tile, shape, split=split, target=target),
         ACTIVATION=activation if fused else "none",
-        num_warps=tile.warps, num_stages=tile.stages, **_options(),
+        num_warps=tile.warps, num_stages=tile.stages, **_options(target),
     )  # fmt: skip
     if split > 1:
         kernels.split_sum_kernel[(-(-n // SUM_COLUMNS), count)](
             into, bias, residual, out, count, n, residual_stride,
-            SPLIT=split, COLUMNS=SUM_COLUMNS, ACTIVATION=activation, num_warps=4, **_options(),
+            SPLIT=split, COLUMNS=SUM_COLUMNS, PDL=int(pdl(target)), ACTIVATION=activation, num_warps=4,
+            **_options(target),
         )  # fmt: skip
     return out
 
@@ -81,29 +84,34 @@ def constants(tile: Tile, shape: Weights, *, split: int, target: str) -> dict[st
     return {
         "BITS": shape.scheme.bits, "GROUP": shape.scheme.group, "STEP": shape.step,
         "WIDE": unit_columns(shape.scheme), "ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages,
-        "UNROLL": tile.unroll, "SPLIT": split, "WARPS": tile.warps, "MODE": tile.mode,
+        "UNROLL": tile.unroll, "PARTIAL": split > 1, "WARPS": tile.warps, "MODE": tile.mode, "DIRECT": tile.direct,
         "EVEN": shape.columns == shape.padded, "ASM": cuda, "WGMMA": target.startswith("sm_9"),
-        "WIDEN": target == "interpreter",
+        "WIDEN": target == "interpreter", "PDL": PDL if pdl(target) else 0,
     }  # fmt: skip
 
 
 def tune(x: Tensor, weight: TiledWeight, most: int = 12) -> dict[Tile, float]:
     """Measure the `most` best tiles by arithmetic for x [M, K] and remember the fastest for this device, kernel and
-    shape; microseconds of each. Not while a CUDA graph is captured. Tiles that the device refuses are left out.
+    shape; microseconds of each. Not while a CUDA graph is captured. Tiles that the device refuses are left out, and
+    with a warning those whose result is wrong or differs from one run to the next.
     """
     _check(x, weight, None, None, "none")
     shape, device, target = Weights.of(weight), device_name(x.device), target_of(x.device)
+    want = x.float() @ untile_weight(weight).dequantize().T
+    copies = measure.copies_beyond_the_cache(weight)
     measured: dict[Tile, float] = {}
     for tile in candidates(shape, x.shape[0], target)[:most]:
-        run = functools.partial(quantized_gemm, x, weight, tile=tile)
+        products = [functools.partial(quantized_gemm, x, one, tile=tile) for one in copies]
         try:
-            # The caches are flushed before each run, as other weights do in a model.
-            measured[tile] = 1e3 * triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
+            if wrong := measure.what_is_wrong([product() for product in products], want):
+                warnings.warn(f"accelc: a kernel is not used, {wrong}: {tile} for {shape}", stacklevel=2)
+                continue
+            measured[tile] = 1e6 * measure.seconds_in_a_graph(products)
         except OutOfResources:
             continue
     if measured:
         best = min(measured, key=measured.__getitem__)
-        tuning.remember(shape, x.shape[0], x.dtype, device, best, measured[best])
+        tuning.remember(shape, x.shape[0], x.dtype, device, target, best, measured[best])
     return measured
 
 
@@ -127,9 +135,17 @@ def interpreted() -> bool:
     return not isinstance(kernels.quantized_gemm_kernel, triton.JITFunction)
 
 
-def _options() -> dict[str, Any]:
-    """Compiler options whose defaults change between versions of Triton; the interpreter knows none."""
-    return {} if interpreted() else {"enable_fp_fusion": True}
+def pdl(target: str) -> bool:
+    """Whether a target has programmatic dependent launch."""
+    return PDL > 0 and target.startswith("sm_") and int(target[3:]) >= 90
+
+
+def _options(target: str) -> dict[str, Any]:
+    """Options of the compiler and of launches; the interpreter knows none."""
+    if interpreted():
+        return {}
+    # The default of the first changes between versions of Triton.
+    return {"enable_fp_fusion": True} | ({"launch_pdl": True} if pdl(target) else {})
 
 
 def _check(x: Tensor, weight: TiledWeight, bias: Tensor | None, residual: Tensor | None, activation: str) -> None:

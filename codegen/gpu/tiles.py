@@ -31,6 +31,7 @@ class Tile:
     unroll: int = 2
     split: int = 1
     mode: Mode = "exact"
+    direct: bool = False
 
     def __post_init__(self) -> None:
         turns = self.rows / (16 * self.warps)
@@ -45,7 +46,7 @@ class Tile:
     def __str__(self) -> str:
         return (
             f"{self.rows}x{self.tokens} warps {self.warps} stages {self.stages} unroll {self.unroll} "
-            f"split {self.split} {self.mode}"
+            f"split {self.split} {self.mode}{' direct' if self.direct else ''}"
         )
 
 
@@ -129,9 +130,14 @@ def chip_of(target: str) -> Chip:
     return CHIPS["gfx942"]
 
 
-def tokens_of(count: int) -> int:
-    """Tokens of a tile for `count` rows of x: the next of 8, 16, 32, 64; more than 64 are taken 64 at a time."""
-    return next((tokens for tokens in TOKENS if tokens >= count), TOKENS[-1])
+def tokens_of(count: int, target: str) -> int:
+    """Tokens of a tile for `count` rows of x: the next of 8, 16, 32, 64; more than 64 are taken 64 at a time.
+
+    For sm_90 at least 16: only from there on does Triton take warp-group instructions, and what it takes instead was
+    slower by a third for int4 on an H200.
+    """
+    least = 16 if target.startswith("sm_9") else TOKENS[0]
+    return next((tokens for tokens in TOKENS if tokens >= max(count, least)), TOKENS[-1])
 
 
 def shared_bytes(tile: Tile, weight: Weights, target: str) -> int:
@@ -205,7 +211,7 @@ def candidates(weight: Weights, count: int, target: str = "sm_90") -> list[Tile]
     """Tiles that fit the weight, `count` rows of x and the target, best first by `estimate`."""
     chip = chip_of(target)
     steps = weight.steps
-    tokens = tokens_of(count)
+    tokens = tokens_of(count, target)
     most = 230 if target.startswith("sm_") else 150
     found: list[tuple[float, int, Tile]] = []
     shapes = ((64, 4), (128, 4), (128, 8), (256, 8))

@@ -23,13 +23,15 @@ from .tiles import TOKENS, Tile, Weights, candidates, tokens_of
 
 def choose(shape: Weights, count: int, dtype: torch.dtype, device: str, target: str) -> Tile:
     """The tile for `count` rows of x and a weight: the measured one of this device, or else the best by arithmetic."""
-    return _choose(shape, _rounded(count), dtype, device, target)
+    return _choose(shape, _rounded(count, target), dtype, device, target)
 
 
-def remember(shape: Weights, count: int, dtype: torch.dtype, device: str, tile: Tile, microseconds: float) -> None:
+def remember(
+    shape: Weights, count: int, dtype: torch.dtype, device: str, target: str, tile: Tile, microseconds: float
+) -> None:
     """Keep a measured tile for `choose`, in this process and later ones."""
     entry = {**dataclasses.asdict(tile), "microseconds": round(microseconds, 3)}
-    Database().put(_key(shape, _rounded(count), dtype, device), entry)
+    Database().put(_key(shape, _rounded(count, target), dtype, device), entry)
     _choose.cache_clear()
 
 
@@ -90,6 +92,6 @@ def _key(shape: Weights, count: int, dtype: torch.dtype, device: str) -> str:
     return f"{device} | {kernel_hash()} | {of_x} x {shape.rows} x {shape.columns} {shape.scheme}"
 
 
-def _rounded(count: int) -> int:
-    """Numbers of rows that share a tile: up to 8, 16, 32, 64, and more."""
-    return tokens_of(count) if count <= TOKENS[-1] else 2 * TOKENS[-1]
+def _rounded(count: int, target: str) -> int:
+    """Numbers of rows that share a tile: as many as its tokens, and more than it ever has."""
+    return tokens_of(count, target) if count <= TOKENS[-1] else 2 * TOKENS[-1]

@@ -22,15 +22,15 @@ def _own_cache(tmp_path, monkeypatch) -> None:
 
 
 def test_measured_tiles_are_remembered_and_take_precedence(tmp_path) -> None:
-    by_arithmetic = tuning.choose(GATE, 5, torch.bfloat16, "Some GPU", "sm_90")
-    assert by_arithmetic == candidates(GATE, 5, "sm_90")[0]
+    by_arithmetic = tuning.choose(GATE, 5, torch.bfloat16, "Some GPU", "sm_80")
+    assert by_arithmetic == candidates(GATE, 5, "sm_80")[0]
     measured = Tile(64, 8, 4, 6, 1, 4, "biased")
     assert measured != by_arithmetic
-    tuning.remember(GATE, 7, torch.bfloat16, "Some GPU", measured, 12.3456)
-    assert tuning.choose(GATE, 5, torch.bfloat16, "Some GPU", "sm_90") == measured, "5 and 7 rows share tiles of 8"
-    assert tuning.choose(GATE, 9, torch.bfloat16, "Some GPU", "sm_90").tokens == 16
-    assert tuning.choose(GATE, 5, torch.float16, "Some GPU", "sm_90") == by_arithmetic
-    assert tuning.choose(GATE, 5, torch.bfloat16, "Other GPU", "sm_90") == by_arithmetic
+    tuning.remember(GATE, 7, torch.bfloat16, "Some GPU", "sm_80", measured, 12.3456)
+    assert tuning.choose(GATE, 5, torch.bfloat16, "Some GPU", "sm_80") == measured, "5 and 7 rows share tiles of 8"
+    assert tuning.choose(GATE, 9, torch.bfloat16, "Some GPU", "sm_80").tokens == 16
+    assert tuning.choose(GATE, 5, torch.float16, "Some GPU", "sm_80") == by_arithmetic
+    assert tuning.choose(GATE, 5, torch.bfloat16, "Other GPU", "sm_80") == by_arithmetic
     (entry,) = json.loads((tmp_path / "gpu-tiles.json").read_text()).items()
     assert tuning.kernel_hash() in entry[0]
     assert entry[1]["microseconds"] == 12.346
@@ -41,10 +41,10 @@ def test_measured_tiles_are_remembered_and_take_precedence(tmp_path) -> None:
 def test_a_damaged_database_is_announced_and_replaced(tmp_path, content: str) -> None:
     (tmp_path / "gpu-tiles.json").write_text(content)
     with pytest.warns(UserWarning, match="are not read from gpu-tiles.json"):
-        tuning.choose(GATE, 5, torch.bfloat16, "GPU", "sm_90")
+        tuning.choose(GATE, 5, torch.bfloat16, "GPU", "sm_80")
     with pytest.warns(UserWarning, match="gpu-tiles.json"):
-        tuning.remember(GATE, 5, torch.bfloat16, "GPU", Tile(64, 8), 1.0)
-    assert tuning.choose(GATE, 5, torch.bfloat16, "GPU", "sm_90") == Tile(64, 8)
+        tuning.remember(GATE, 5, torch.bfloat16, "GPU", "sm_80", Tile(64, 8), 1.0)
+    assert tuning.choose(GATE, 5, torch.bfloat16, "GPU", "sm_80") == Tile(64, 8)
 
 
 @pytest.mark.parametrize("target", CHIPS)
@@ -56,7 +56,7 @@ def test_candidates_fit_the_chip_and_are_sorted(target: str, text: str, count: i
     seconds = [estimate(tile, shape, count, target) for tile in found]
     assert seconds == sorted(seconds)
     assert len(set(found)) == len(found)
-    assert all(tile.tokens == tokens_of(count) for tile in found)
+    assert all(tile.tokens == tokens_of(count, target) for tile in found)
     assert all(shared_bytes(tile, shape, target) <= chip_of(target).shared for tile in found)
     floor = shape.nbytes / chip_of(target).bandwidth
     assert seconds[0] > floor, "nothing is faster than reading the weights once"
