@@ -230,29 +230,45 @@ def _dot(w, x, acc, WIDEN: tl.constexpr):
 
 @triton.jit
 def _lane_values(ptr, band, groups, group, BANDS: tl.constexpr, TURNS: tl.constexpr):
-    """Scales or zeros [BANDS, 64] of a group, as stored.
+    """Scales or zeros of a group, as stored: [BANDS, 64], or [BANDS, 32] int32 of two values of 16 bits.
+
+    Two values are loaded as one: halves that are loaded one by one would be put together at once, where a value that is
+    wanted an iteration later would be waited for.
 
     Where each warp holds rows of two bands (TURNS is 2) they are loaded one after the other: one tensor would be
     spread over the lanes otherwise, and go through shared memory to those that want it.
     """
-    lane = tl.arange(0, 64)[None, :]
+    PAIRS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 16
+    WIDTH: tl.constexpr = 32 if PAIRS else 64
+    at = ptr.to(tl.pointer_type(tl.int32)) if PAIRS else ptr
+    lane = tl.arange(0, WIDTH)[None, :]
     if TURNS == 1:
-        return tl.load(ptr + (tl.reshape(band, (BANDS, 1)) * (groups * 64) + lane) + group * 64)
+        return tl.load(at + (tl.reshape(band, (BANDS, 1)) * (groups * WIDTH) + lane) + group * WIDTH)
     else:
         HALF: tl.constexpr = BANDS // 2
         first, second = tl.split(tl.permute(tl.reshape(band, (2, HALF)), (1, 0)))
         both = tl.join(
-            tl.load(ptr + (first[:, None] * (groups * 64) + lane) + group * 64),
-            tl.load(ptr + (second[:, None] * (groups * 64) + lane) + group * 64),
+            tl.load(at + (first[:, None] * (groups * WIDTH) + lane) + group * WIDTH),
+            tl.load(at + (second[:, None] * (groups * WIDTH) + lane) + group * WIDTH),
         )
-        return tl.reshape(tl.permute(both, (2, 0, 1)), (BANDS, 64))
+        return tl.reshape(tl.permute(both, (2, 0, 1)), (BANDS, WIDTH))
 
 
 @triton.jit
-def _rows(tile, ROWS: tl.constexpr):
-    """Scales [bands, 64] as stored, rows r and r + 8 side by side, as fp32 [ROWS, 1]."""
-    tile = tl.reshape(tile, (ROWS // 64, 4, 8, 2))
-    return tl.reshape(tl.permute(tile, (0, 1, 3, 2)), (ROWS, 1)).to(tl.float32)
+def _rows(tile, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """What `_lane_values` gives of values of `dtype`, rows r and r + 8 side by side, as fp32 [ROWS, 1]."""
+    if dtype == tl.float32:
+        pairs = tl.reshape(tile, (ROWS // 64, 4, 8, 2))
+    else:
+        halves = tl.reshape(tile, (ROWS // 64, 4, 8))
+        if dtype == tl.bfloat16:
+            first = (halves << 16).to(tl.float32, bitcast=True)
+            second = (halves & -65536).to(tl.float32, bitcast=True)
+        else:
+            first = halves.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            second = (halves >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        pairs = tl.join(first, second)
+    return tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (ROWS, 1))
 
 
 @triton.jit
@@ -302,7 +318,7 @@ def _step(
     acc, v, x, scale, zero, ones, excess,
     BITS: tl.constexpr, MODE: tl.constexpr, TWO: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """The sums acc [ROWS, TOKENS] and the products of codes v [bands, units, elements] with x [TOKENS, STEP], scaled.
 
@@ -328,8 +344,8 @@ def _step(
         if zero is None:
             part -= (excess + MIDDLE) * totals
         else:
-            part -= (excess + _rows(zero, ROWS)) * totals
-    return acc + part * _rows(scale, ROWS)
+            part -= (excess + _rows(zero, ROWS, SCALES)) * totals
+    return acc + part * _rows(scale, ROWS, SCALES)
 
 
 # One kernel serves every number of tokens that takes the same tile.
@@ -339,8 +355,8 @@ def quantized_gemm_kernel(
     M, N, K, x_stride, residual_stride, bands, units, groups, steps, steps_per_split,
     BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, PARTIAL: tl.constexpr,
-    WARPS: tl.constexpr, MODE: tl.constexpr, DIRECT: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-    WGMMA: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr, ACTIVATION: tl.constexpr,
+    WARPS: tl.constexpr, MODE: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, WGMMA: tl.constexpr,
+    WIDEN: tl.constexpr, PDL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS outputs by TOKENS tokens, over a part of K.
 
@@ -388,17 +404,13 @@ def quantized_gemm_kernel(
         ones = tl.full((16 * WARPS, STEP), 1.0, tl.float32).to(dtype)
     RATIO: tl.constexpr = 1 if GROUP == 0 else GROUP // STEP
     SPAN: tl.constexpr = UNITS * UNIT
+    SCALES: tl.constexpr = scales_ptr.dtype.element_ty
     final, last = end - 1, groups - 1
-    if PDL == 1:
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    # What goes straight to registers is fetched one iteration ahead: scales, which are too narrow for copies to shared
-    # memory, and the codes where DIRECT. The pipeliner takes loops only if what they carry is made in them. A second
-    # step beyond the end meets an x of zeros.
-    if DIRECT:
-        v0 = tl.load(code_at + begin * SPAN)
-        if UNROLL == 2:
-            v1 = tl.load(code_at + tl.minimum(begin + 1, final) * SPAN)
+    # Scales go straight to registers, one iteration ahead: they are too narrow for copies to shared memory. The
+    # pipeliner takes loops only if what they carry is made in them. A second step beyond the end meets an x of zeros.
     at = 0 if GROUP == 0 else begin // RATIO
     s0 = _lane_values(scales_ptr, band, groups, at, BANDS, TURNS)
     if zeros_ptr is not None:
@@ -408,18 +420,10 @@ def quantized_gemm_kernel(
         s1 = _lane_values(scales_ptr, band, groups, at, BANDS, TURNS)
         if zeros_ptr is not None:
             z1 = _lane_values(zeros_ptr, band, groups, at, BANDS, TURNS)
-    if PDL == 2:
-        gdc_wait()
-        gdc_launch_dependents()
     for step in tl.range(begin, end, UNROLL, num_stages=STAGES):
-        if DIRECT:
-            next_v0 = tl.load(code_at + tl.minimum(step + UNROLL, final) * SPAN)
-            if UNROLL == 2:
-                next_v1 = tl.load(code_at + tl.minimum(step + 3, final) * SPAN)
-        else:
-            v0 = tl.load(code_at + step * SPAN)
-            if UNROLL == 2:
-                v1 = tl.load(code_at + tl.minimum(step + 1, final) * SPAN)
+        v0 = tl.load(code_at + step * SPAN)
+        if UNROLL == 2:
+            v1 = tl.load(code_at + tl.minimum(step + 1, final) * SPAN)
         x0 = _inputs(x_at, step, m, k, M, K, STEP, EVEN)
         if UNROLL == 2:
             x1 = _inputs(x_at, step + 1, m, k, tl.where(step < final, M, 0), K, STEP, EVEN)
@@ -435,20 +439,17 @@ def quantized_gemm_kernel(
                     next_z1 = _lane_values(zeros_ptr, band, groups, at, BANDS, TURNS)
         zero = None if zeros_ptr is None else z0
         acc = _step(
-            acc, v0, x0, s0, zero, ones, excess, BITS, MODE, TWO, SUMS, ROWS, TOKENS, STEP, WIDE, WARPS, ASM, WIDEN
-        )
+            acc, v0, x0, s0, zero, ones, excess, BITS, MODE, TWO, SUMS, ROWS, TOKENS, STEP, WIDE, WARPS, ASM, WIDEN,
+            SCALES,
+        )  # fmt: skip
         if UNROLL == 2:
             scale = s0 if GROUP == 0 else s1
             if zeros_ptr is not None:
                 zero = z0 if GROUP == 0 else z1
             acc = _step(
                 acc, v1, x1, scale, zero, ones, excess, BITS, MODE, TWO, SUMS, ROWS, TOKENS, STEP, WIDE, WARPS, ASM,
-                WIDEN,
+                WIDEN, SCALES,
             )  # fmt: skip
-        if DIRECT:
-            v0 = next_v0
-            if UNROLL == 2:
-                v1 = next_v1
         if GROUP != 0:
             s0 = next_s0
             if zeros_ptr is not None:

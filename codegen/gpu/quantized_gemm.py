@@ -17,8 +17,6 @@ from .layout import BAND, TiledWeight, unit_columns, untile_weight
 from .tiles import Tile, Weights, candidates
 
 Activation = Literal["none", "silu", "gelu_tanh", "relu"]
-import os
-PDL = int(os.environ.get("PDL", "1"))
 SUM_COLUMNS = 256
 """Outputs of one program of the kernel that adds the parts."""
 
@@ -70,7 +68,7 @@ def quantized_gemm(
     if split > 1:
         kernels.split_sum_kernel[(-(-n // SUM_COLUMNS), count)](
             into, bias, residual, out, count, n, residual_stride,
-            SPLIT=split, COLUMNS=SUM_COLUMNS, PDL=int(pdl(target)), ACTIVATION=activation, num_warps=4,
+            SPLIT=split, COLUMNS=SUM_COLUMNS, PDL=dependent_launch(target), ACTIVATION=activation, num_warps=4,
             **_options(target),
         )  # fmt: skip
     return out
@@ -84,9 +82,9 @@ def constants(tile: Tile, shape: Weights, *, split: int, target: str) -> dict[st
     return {
         "BITS": shape.scheme.bits, "GROUP": shape.scheme.group, "STEP": shape.step,
         "WIDE": unit_columns(shape.scheme), "ROWS": tile.rows, "TOKENS": tile.tokens, "STAGES": tile.stages,
-        "UNROLL": tile.unroll, "PARTIAL": split > 1, "WARPS": tile.warps, "MODE": tile.mode, "DIRECT": tile.direct,
+        "UNROLL": tile.unroll, "PARTIAL": split > 1, "WARPS": tile.warps, "MODE": tile.mode,
         "EVEN": shape.columns == shape.padded, "ASM": cuda, "WGMMA": target.startswith("sm_9"),
-        "WIDEN": target == "interpreter", "PDL": PDL if pdl(target) else 0,
+        "WIDEN": target == "interpreter", "PDL": dependent_launch(target),
     }  # fmt: skip
 
 
@@ -135,9 +133,13 @@ def interpreted() -> bool:
     return not isinstance(kernels.quantized_gemm_kernel, triton.JITFunction)
 
 
-def pdl(target: str) -> bool:
-    """Whether a target has programmatic dependent launch."""
-    return PDL > 0 and target.startswith("sm_") and int(target[3:]) >= 90
+def dependent_launch(target: str) -> bool:
+    """Whether a target launches a kernel while the one before it drains (NVIDIA's programmatic dependent launch).
+
+    A kernel so launched waits, before it reads anything, until all that was written before it can be seen. On an H200
+    that saves about 1 us a product, as many as the kernels that add parts of K.
+    """
+    return target.startswith("sm_") and int(target[3:]) >= 90
 
 
 def _options(target: str) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def _options(target: str) -> dict[str, Any]:
     if interpreted():
         return {}
     # The default of the first changes between versions of Triton.
-    return {"enable_fp_fusion": True} | ({"launch_pdl": True} if pdl(target) else {})
+    return {"enable_fp_fusion": True} | ({"launch_pdl": True} if dependent_launch(target) else {})
 
 
 def _check(x: Tensor, weight: TiledWeight, bias: Tensor | None, residual: Tensor | None, activation: str) -> None:

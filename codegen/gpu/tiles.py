@@ -31,7 +31,6 @@ class Tile:
     unroll: int = 2
     split: int = 1
     mode: Mode = "exact"
-    direct: bool = False
 
     def __post_init__(self) -> None:
         turns = self.rows / (16 * self.warps)
@@ -46,7 +45,7 @@ class Tile:
     def __str__(self) -> str:
         return (
             f"{self.rows}x{self.tokens} warps {self.warps} stages {self.stages} unroll {self.unroll} "
-            f"split {self.split} {self.mode}{' direct' if self.direct else ''}"
+            f"split {self.split} {self.mode}"
         )
 
 
@@ -112,14 +111,24 @@ CHIPS = {
     "gfx942": Chip(304, 5.3e12, 10e12, 64 * 1024, 131072, 32, 64),
 }
 """A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X. Bandwidths of second-level caches are assumptions."""
-LATENCY = 1.2e-6
-"""Seconds from a load's issue to its data while the memory is busy (an assumption; loads in flight cover it)."""
-START = 2.0e-6
-"""Seconds until a kernel streams, and after it does (an assumption)."""
+# What follows was chosen so that the first tiles are the fast ones of a sweep on an H200 (16 and 64 rows of x, int4 and
+# int8); for other chips they are assumptions.
+CLOCK = 1.75e9
+"""Cycles a second of a processor."""
+LATENCY = 2.0e-6
+"""Seconds from a load's issue to its data while the memory is busy; loads in flight cover it."""
+CHAIN = 300.0
+"""Cycles of an iteration in which a warp waits: for its barrier, its copies and its products."""
+ISSUE = 5.0
+"""Cycles of a scheduler a weight and lane; what disturbs its turns is in it."""
+TOKEN_ISSUE = 16.0
+"""Tokens that cost one cycle more."""
+START = 1.5e-6
+"""Seconds until a kernel streams, and after it does."""
 REPEATED = 1.25
 """How much longer a kernel takes that unpacks each weight twice (an assumption)."""
-LAUNCH = 1.3e-6
-"""Seconds of one more kernel in a graph (docs of the project: a graph replay costs about 1.3 us a kernel)."""
+LAUNCH = 1.5e-6
+"""Seconds of the kernel that adds the parts of K."""
 
 
 def chip_of(target: str) -> Chip:
@@ -199,7 +208,12 @@ def estimate(tile: Tile, weight: Weights, count: int, target: str) -> float:
     needed = LATENCY * chip.bandwidth / chip.processors
     cover = min(1.0, min(resident, most) * ahead / needed)
     read = programs * (tile.tokens * weight.padded * 2 / tile.split) + blocks * weight.nbytes
-    seconds = balance * max(blocks * weight.nbytes / (chip.bandwidth * cover), read / chip.cache_bandwidth) + START
+    used = min(resident, most)
+    of_warp = tile.rows * step / (tile.warps * chip.lanes) * (ISSUE + tile.tokens / TOKEN_ISSUE)
+    iteration = CHAIN + tile.unroll * of_warp * used * tile.warps / 4  # four schedulers a processor
+    cycles = most / used * -(-weight.steps // (tile.split * tile.unroll)) * iteration
+    moving = balance * max(blocks * weight.nbytes / (chip.bandwidth * cover), read / chip.cache_bandwidth)
+    seconds = max(moving, cycles / CLOCK) + START
     if repeats_unpacking(tile, target):
         seconds *= REPEATED
     if tile.split > 1:
@@ -218,6 +232,8 @@ def candidates(weight: Weights, count: int, target: str = "sm_90") -> list[Tile]
     for (rows, warps), stages, unroll, split in itertools.product(shapes, (2, 3, 4, 6), (1, 2), (1, 2, 4, 8, 16)):
         if (split > 1 and steps < 2 * split * unroll) or rows >= 2 * max(weight.rows, BAND):
             continue
+        if target.startswith("sm_10") and unroll > 1 and tokens < TOKENS[-1]:
+            continue  # ptxas gives these 80 registers and spills
         for mode in modes(weight, target):
             tile = Tile(rows, tokens, warps, stages, unroll, split, mode)
             # A thread has at most 255 registers, and what does not fit is spilled. The estimate is rougher for AMD.
@@ -229,11 +245,10 @@ def candidates(weight: Weights, count: int, target: str = "sm_90") -> list[Tile]
 
 
 def modes(weight: Weights, target: str) -> tuple[Mode, ...]:
-    """How the base of the codes may be taken off, the better one by instructions and precision first.
+    """How the base of the codes may be taken off.
 
     Asymmetric weights need the sums of x anyway, so that "biased" costs nothing; and without packed instructions, on
-    other chips than NVIDIA's, a subtraction is one of fp32 and two conversions.
+    other chips than NVIDIA's, a subtraction is one of fp32 and two conversions. Elsewhere "exact" was the faster one
+    for every matrix and number of rows on an H200: it leaves the matrix unit less to do.
     """
-    if not weight.scheme.symmetric or not target.startswith("sm_"):
-        return ("biased",)
-    return ("exact", "biased")
+    return ("exact",) if weight.scheme.symmetric and target.startswith("sm_") else ("biased",)

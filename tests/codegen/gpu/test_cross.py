@@ -77,7 +77,7 @@ def test_other_schemes_compile_with_the_whole_epilogue(text: str, dtype: torch.d
 def test_the_sum_of_parts_compiles() -> None:
     types = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "residual_ptr": "*bf16", "out_ptr": "*bf16"}
     sizes = {"M": "i32", "N": "i32", "residual_stride": "i32"}
-    fixed = {"SPLIT": 4, "COLUMNS": 256, "ACTIVATION": "silu"}
+    fixed = {"SPLIT": 4, "COLUMNS": 256, "PDL": True, "ACTIVATION": "silu"}
     report = cross.compile_for(kernels.split_sum_kernel, "sm_90", types | sizes, fixed, divisible=[*types, "N"])
     assert report.spills == 0
     with pytest.raises(CrossCompileError, match="no loop"):
@@ -94,7 +94,10 @@ def test_errors_name_kernel_and_target() -> None:
     sizes = {"M": "i32", "N": "i32", "residual_stride": "i32"}
     with pytest.raises(CrossCompileError, match="split_sum_kernel does not compile for sm_80") as refused:
         cross.compile_for(
-            kernels.split_sum_kernel, "sm_80", types | sizes, {"SPLIT": 2, "COLUMNS": 100, "ACTIVATION": "none"}
+            kernels.split_sum_kernel,
+            "sm_80",
+            types | sizes,
+            {"SPLIT": 2, "COLUMNS": 100, "PDL": False, "ACTIVATION": "none"},
         )
     assert refused.value.__cause__ is not None
     with pytest.raises(DisassemblyError):
