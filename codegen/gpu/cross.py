@@ -29,7 +29,9 @@ class Report:
     """What one kernel uses on one ``target``.
 
     ``registers`` a thread; ``spills``, instructions that spill (bytes of stack in ``stack``); ``shared`` bytes of a
-    program; ``occupancy``, resident warps as a part of what a processor holds; ``loop``, the main loop's instructions.
+    program; ``occupancy``, resident warps as a part of what a processor holds; ``loop``, the main loop's instructions;
+    ``in_flight``, asynchronous products that are not waited for at once: registers of their operands may be written
+    anew while they run.
     """
 
     kernel: str
@@ -41,6 +43,7 @@ class Report:
     shared: int
     occupancy: float
     loop: sass.Loop | None
+    in_flight: int
 
     def per_weight(self, weights: float) -> float:
         """Instructions of the main loop a weight, if a thread takes `weights` of them in it. Raises CrossCompileError
@@ -97,7 +100,22 @@ def compile_for(
     return Report(
         kernel.__name__, target, warps, usage.registers, usage.spills, usage.stack, made.metadata.shared,
         occupancy(target, warps, usage.registers, made.metadata.shared), usage.loop,
+        products_in_flight(made.asm.get("ttgir", "")),
     )  # fmt: skip
+
+
+def products_in_flight(ttgir: str) -> int:
+    """Asynchronous matrix products in Triton's last representation that no wait for all of them follows at once."""
+    waited = 0
+    pending = False
+    for line in ttgir.splitlines():
+        if re.search(r"warp_group_dot_wait\b", line):
+            if "pendings = 0" in line and pending:
+                waited += 1
+            pending = False
+        elif re.search(r"warp_group_dot\b", line):
+            pending = True
+    return len(re.findall(r"warp_group_dot\b(?!_)", ttgir)) - waited
 
 
 def occupancy(target: str, warps: int, registers: int, shared: int) -> float:

@@ -74,6 +74,22 @@ def test_other_schemes_compile_with_the_whole_epilogue(text: str, dtype: torch.d
     assert report.spills == 0
 
 
+@pytest.mark.parametrize("text", ["int8", "int4:row", "int4", "int4:g64:asym"])
+@pytest.mark.parametrize("mode", ["exact", "biased"])
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_no_product_is_in_flight_when_its_operands_are_written_anew(text: str, mode: str, unroll: int) -> None:
+    tile = Tile(64, 16, 4, 3, unroll, 1, mode)
+    report = resources.compile_product("sm_90", Weights(Scheme.parse(text), 1024, 4096), tile)
+    assert report.in_flight == 0
+
+
+def test_products_in_flight_are_counted() -> None:
+    waited = "ttng.warp_group_dot %a\nttng.warp_group_dot_wait %b {pendings = 0 : i32}\n"
+    left = "ttng.warp_group_dot %a\nttng.warp_group_dot_wait %b {pendings = 7 : i32}\n"
+    assert cross.products_in_flight(waited * 2) == 0
+    assert cross.products_in_flight(waited + left + "ttng.warp_group_dot %c\n") == 2
+
+
 def test_the_sum_of_parts_compiles() -> None:
     types = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "residual_ptr": "*bf16", "out_ptr": "*bf16"}
     sizes = {"M": "i32", "N": "i32", "residual_stride": "i32"}

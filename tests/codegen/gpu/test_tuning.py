@@ -8,7 +8,7 @@ import pytest
 import torch
 from codegen_gpu import random_weight
 
-from accelc.codegen.gpu import Tile, tile_weight, tuning
+from accelc.codegen.gpu import Tile, measure, tile_weight, tuning
 from accelc.codegen.gpu.tiles import CHIPS, Weights, candidates, chip_of, estimate, shared_bytes, tokens_of
 from accelc.ir.quantized import Scheme
 
@@ -73,3 +73,14 @@ def test_sizes_by_shape_are_those_of_the_tensors() -> None:
         weight = tile_weight(random_weight(Scheme.parse(text), 70, 300, 0))
         shape = Weights.of(weight)
         assert (shape.nbytes, shape.padded) == (weight.nbytes, weight.padded)
+
+
+def test_wrong_and_changing_results_are_told_from_right_ones() -> None:
+    want = torch.randn(4, 64)
+    right = want.to(torch.bfloat16)
+    assert measure.what_is_wrong([right, right.clone()], want) == ""
+    changed = right.clone()
+    changed[3, 5] += 0.25
+    assert "differ" in measure.what_is_wrong([right, changed], want)
+    assert "off by" in measure.what_is_wrong([changed, changed], want)
+    assert "off by nan" in measure.what_is_wrong([right * float("nan")] * 1, want)
