@@ -110,13 +110,22 @@ def _small_fields(config_class: type[PreTrainedConfig], overrides: dict[str, Any
             fields[name] = small
     fields |= _special_tokens(defaults)
     fields |= _representative_layers(config_class, defaults)
-    own = {name: value for name, value in overrides.items() if name not in config_class.sub_configs_defaults}
-    for name, spec in config_class.sub_configs_defaults.items():
+    nested = _nested_fields(config_class)
+    own = {name: value for name, value in overrides.items() if name not in nested}
+    for name, optional in nested.items():
         wanted = overrides.get(name, {})
-        if wanted is None or (spec.optional and not wanted):
+        if wanted is None or (optional and not wanted):
             continue  # an optional vision or audio tower stays away
         fields[name] = _nested(config_class, name, wanted)
     return fields | own
+
+
+def _nested_fields(config_class: type[PreTrainedConfig]) -> dict[str, bool]:
+    """Names of the nested configurations, and whether each may be left out."""
+    if hasattr(config_class, "sub_configs_defaults"):
+        return {name: spec.optional for name, spec in config_class.sub_configs_defaults.items()}
+    # Older releases of transformers: what a default instance leaves out may be left out.
+    return {name: getattr(config_class(), name, None) is None for name in config_class.sub_configs}
 
 
 def _nested(config_class: type[PreTrainedConfig], name: str, overrides: dict[str, Any]) -> PreTrainedConfig:

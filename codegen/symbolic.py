@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from accelc.codegen.shapes import Dims
-from accelc.ir.compat import FakeShapes, fake_shapes
+from accelc.ir.compat import FakeShapes, fake_shapes, on_fakes
 
 
 @dataclass
@@ -56,7 +56,7 @@ class SymbolicValues:
                 shape[dim] = fakes.symbols[name] if sizes[name] is None else sizes[name]
             arguments.append(fakes.empty(shape, value.dtype))
         run = _Propagate(self._gm, fakes)
-        with fakes.mode, torch.no_grad():
+        with on_fakes(fakes.mode):
             run.run(*arguments)
         return Symbolic(run.values, fakes, dict(sizes))
 

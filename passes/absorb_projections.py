@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from accelc.ir import Exactness, Program
+from accelc.ir.compat import on_fakes
 from accelc.ir.program import fetch, store
 from accelc.passes.base import Pass, PassResult
 from accelc.passes.registry import register_pass
@@ -203,7 +204,8 @@ def _rewrite(program: Program, node: fx.Node, parts: list[Part], value: Projecte
 
         def call(target: Any, *args: Any) -> fx.Node:
             new = graph.call_function(target, args)
-            new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+            with on_fakes(node.meta["val"].fake_mode):
+                new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
             new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             return new
 

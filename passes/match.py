@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from accelc.ir.compat import on_fakes
 from accelc.ir.program import fetch
 
 aten = torch.ops.aten
@@ -168,7 +169,8 @@ class Builder:
             node = graph.call_function(target, args, options)  # type: ignore[arg-type]
         origin = after if after is not None else anchor
         node.meta = {key: origin.meta[key] for key in KEPT_META if key in origin.meta}
-        with next(t for n in node.all_input_nodes if (t := tensor(n)) is not None).fake_mode:  # type: ignore[attr-defined]
+        fake: Any = next(t for n in node.all_input_nodes if (t := tensor(n)) is not None)
+        with on_fakes(fake.fake_mode):
             node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **options)
         self._emitted[key] = node
         return node

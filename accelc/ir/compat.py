@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,20 +86,29 @@ def trace_decomposed(function: Callable[..., Any], values: Sequence[Any]) -> fx.
         return make_fx(function, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True)(*values)
 
 
+@contextmanager
+def on_fakes(mode: Any) -> Iterator[None]:
+    """Run operators on fake tensors of a mode, with torch's decompositions in Python.
+
+    Those in C++ turn symbolic sizes into numbers in some versions (matmul in 2.11).
+    """
+    with enable_python_dispatcher(), mode or nullcontext(), torch.no_grad():
+        yield
+
+
 def fill_values(graph: fx.Graph, module: torch.nn.Module) -> None:
     """Compute the fake value ``meta["val"]`` of every node that has none; placeholders must have theirs."""
     mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
-    with enable_python_dispatcher():
-        for node in graph.nodes:
-            if "val" in node.meta:
-                continue
-            if node.op == "get_attr":
-                tensor = module.get_buffer(node.target)
-                node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
-            elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                with mode or torch.no_grad():
-                    node.meta["val"] = node.target(*args, **kwargs)
+    for node in graph.nodes:
+        if "val" in node.meta:
+            continue
+        if node.op == "get_attr":
+            tensor = module.get_buffer(node.target)
+            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with on_fakes(mode):
+                node.meta["val"] = node.target(*args, **kwargs)
 
 
 def is_module_tensor(node: fx.Node) -> bool:
@@ -203,7 +212,7 @@ def symbolic_values(
 def fake_execution(values: Sequence[Any]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """Run operators on fakes, in the mode of `values`; yields what turns a real tensor into a static fake of it."""
     mode = detect_fake_mode(list(values))
-    with enable_python_dispatcher(), mode, torch.no_grad():
+    with on_fakes(mode):
         yield lambda tensor: mode.from_tensor(tensor, static_shapes=True)
 
 
@@ -279,12 +288,13 @@ INDUCTOR_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError,
 
 def save_inductor_artifact(module: fx.GraphModule, inputs: Sequence[Any], fakes: FakeShapes, path: str) -> None:
     """Compile a graph whose placeholders carry fakes of `fakes`, symbolic sizes included, into one file."""
-    from torch._inductor import standalone_compile
+    from torch._inductor import config, standalone_compile
 
     # Traced first: torch's caches accept ATen operations, and no Python functions such as the dialect's references.
-    with torch.no_grad(), fakes.mode:
+    with on_fakes(fakes.mode):
         flat = trace_decomposed(module, inputs)
-    with torch.no_grad():
+    # The harness is a main program in the generated file, for which torch 2.11 looks up sizes that it does not know.
+    with torch.no_grad(), config.patch(benchmark_harness=False):
         standalone_compile(flat, list(inputs), dynamic_shapes="from_graph").save(path=path, format="binary")
 
 
