@@ -15,7 +15,7 @@ class Settings:
     context: int = 1024  # longest sequence, tokens
     window: int = 256  # tokens of one training row
     rows: int = 8  # training rows a step
-    steps: int = 260
+    steps: int = 200
     warmup: int = 20
     matrix_rate: float = 0.02  # Muon, hidden matrices
     other_rate: float = 2e-3  # AdamW, embedding and norms

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from accelc.codegen.cache import cache_dir
 from accelc.demo.corpus import Corpus, read_corpus
+from accelc.demo.muon import Muon
 from accelc.demo.settings import Settings
 from accelc.demo.tokenizer import encode_files, train_tokenizer
 
@@ -168,17 +169,13 @@ def _precision() -> str:
 
 
 def _optimizers(model: torch.nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for the rest: a lower loss in few steps. torch's Muon multiplies in bf16:
-    without hardware for that a step of it takes 20 times as long as AdamW's, which then takes all.
-    """
+    """Muon for the hidden matrices, AdamW for the rest: a lower loss in few steps."""
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named.items() if p.ndim != 2 or "embed" in name]
-    if _precision() == "no":
-        decayed = {"params": matrices, "weight_decay": 0.1}
-        return [torch.optim.AdamW([decayed, {"params": others}], lr=settings.other_rate, weight_decay=0.0)]
+    dtype = torch.bfloat16 if _precision() == "bf16" else torch.float32
     return [
-        torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=0.01),
+        Muon(matrices, lr=settings.matrix_rate, weight_decay=0.01, dtype=dtype),
         torch.optim.AdamW(others, lr=settings.other_rate, weight_decay=0.0),
     ]
 
