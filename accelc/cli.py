@@ -158,7 +158,8 @@ def evaluate(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     if json_out:
-        typer.echo(json.dumps({**asdict(result), "perplexity": result.perplexity, "model": str(model)}))
+        typer.echo(json.dumps({**asdict(result), "perplexity": result.perplexity, "model": str(model),
+                               "quantize": quantize}))  # fmt: skip
     else:
         typer.echo(str(result))
 
@@ -183,11 +184,16 @@ def plan_quantize(
     from rich.progress import Progress
 
     from accelc.evaluate import read_texts
+    from accelc.ir.errors import InputError
     from accelc.passes.quantize.budget import plan_quantization
     from accelc.quantization_report import plot_plan, render_plan
     from accelc.runtime.text import encode
 
     with _named_errors():
+        if (max_bytes is None) == (max_rise is None):
+            raise InputError("a plan needs one budget", remedy="Give --max-bytes or --max-rise, and not both.")
+        if max_rise is not None and max_rise <= 0:
+            raise InputError(f"--max-rise is {max_rise}", remedy="Give a rise above 0, such as 0.01 for one percent.")
         text = read_texts(texts)
         decoder = _compiled(model, length, dtype, None, eager=False)
         calibration = accelc.Calibration.of_text(encode(decoder.tokenizer, text), rows=rows, length=length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,10 @@ class QuantizedModule(nn.Module):
     def weight_value(self) -> QuantizedWeight:
         """The weight [N, K]; its tensors are the module's own."""
         return QuantizedWeight(self.scheme, self.codes, self.scales, self.zeros, self.rows, self.columns)
+
+    def stored_scheme(self) -> Scheme:
+        """The scheme with the dtype that the scales have now: `Module.half` and its kin change it."""
+        return replace(self.scheme, scale_dtype=self.scales.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.columns}, {self.scheme}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from accelc.ir import Program
 from accelc.ir.errors import CheckError, NonFiniteLogitsError, NotCausalError
+from accelc.ir.rounding import all_finite
 from accelc.passes.closeness import allowed, comparable, computing_dtype, is_half, spread
 from accelc.passes.probe_forward import changed_tokens, draw_tokens, probe_causality, probe_lengths, rounding_noise
 
@@ -65,7 +66,11 @@ def check_step(
     # Later tokens are changed in a copy beside the original: two runs would read the weights twice.
     expected, changed = comparable(forward.run(torch.cat([tokens, changed_tokens(forward, tokens)]))[0]).chunk(2)
     if not bool(torch.isfinite(expected).all()):
-        raise NonFiniteLogitsError("the model itself gives NaN or infinite logits for random tokens")
+        broken = [name for name, t in forward.tensors().items() if t.is_floating_point() and not all_finite(t)]
+        raise NonFiniteLogitsError(
+            "the model itself gives NaN or infinite logits for random tokens"
+            + (f"; {len(broken)} of its tensors hold such values, the first: {broken[0]}" if broken else "")
+        )
     scale = spread(expected)
     dtype = computing_dtype(step)
     noise = rounding_noise(forward, tokens, expected, generator) / scale if is_half(dtype) and not tolerance else 0.0

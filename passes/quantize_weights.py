@@ -134,10 +134,16 @@ class QuantizeWeights(Pass):
 
     def _schemes(self, program: Program, matrices: dict[str, Matrix], head: str | None) -> dict[str, Scheme]:
         texts = {path: self._text_of(matrix, path == head) for path, matrix in matrices.items()}
+        kept = set(selected(matrices, self.include, self.exclude, where=str(self)))
         for pattern, text in self._overrides():
-            for path in matching(pattern, matrices, where=str(self)):
-                texts[path] = text
-        kept = selected(matrices, self.include, self.exclude, where=str(self))
+            named = matching(pattern, matrices, where=str(self))
+            if named and not kept.intersection(named):
+                raise OptionValueError(
+                    f"the override {pattern!r} is for weights that include and exclude leave out",
+                    where=str(self),
+                    remedy=f"Leave it out, or include {named[0]}.",
+                )
+            texts |= dict.fromkeys(named, text)
         texts = {path: text for path, text in texts.items() if path in kept and text != NONE}
         automatic = [path for path, text in texts.items() if is_automatic(text)]
         schemes = {path: parse_scheme(text) for path, text in texts.items()}

@@ -139,6 +139,7 @@ def test_eval_states_the_loss_on_the_command_line(directory: Path) -> None:
         assert result.exit_code == 0, result.output
         found = json.loads(result.stdout.strip().splitlines()[-1])
         assert found["tokens"] == 104
+        assert found["quantize"] == scheme
         losses[scheme] = found["loss"]
     assert losses["int8"] == pytest.approx(losses[None], rel=1e-2)
     assert abs(losses["int8"] - losses[None]) < abs(losses["int4"] - losses[None])
@@ -157,3 +158,5 @@ def test_a_plan_is_made_on_the_command_line(directory: Path, tmp_path: Path) -> 
     assert len(decoder.generate(PROMPT, max_new_tokens=4, ignore_eos=True).tokens[0]) == 4
     both = run("plan-quantize", directory, directory / "text.txt", "--max-bytes", 1e5, "--max-rise", 0.1, "--out", out)
     assert both.exit_code == 1
+    assert "--max-rise" in both.output
+    assert "--max-bytes" in run("plan-quantize", tmp_path / "nowhere", directory / "text.txt").output

@@ -46,6 +46,8 @@ class TensorFiles:
         """Those in directory `path`: the ones its index lists, or all. Raises CheckpointError for missing, damaged or
         truncated files, and for a name in two of them.
         """
+        if not path.is_dir():
+            raise CheckpointError(f"there is no directory {path}", remedy="Give the directory of a saved model.")
         entries: dict[str, Entry] = {}
         metadata: dict[str, str] = {}
         listed = _listed(path)

@@ -17,7 +17,7 @@ from accelc.checkpoints.skeleton import skeleton
 from accelc.ir.errors import CheckpointError, CheckpointFormatError, OptionValueError
 from accelc.ir.quantized import Scheme
 from accelc.ir.rounding import all_finite
-from accelc.passes.quantize.methods import METHODS
+from accelc.passes.quantize.methods import CALIBRATED, METHODS
 from accelc.passes.quantize.patterns import selected
 from accelc.quantized_linear import QuantizedModule
 
@@ -47,14 +47,24 @@ def load_quantized(
     if quantization_of(path) is not None:
         raise CheckpointFormatError(f"the model in {path} is quantized already", remedy="Load it as it is.")
     if method not in METHODS:
-        raise OptionValueError(f"unknown method {method!r}", remedy=f"Use one of: {', '.join(METHODS)}.")
+        whole = f" {method} needs text: accelc.compile(path, quantize=QuantizeWeights(...))." * (method in CALIBRATED)
+        raise OptionValueError(
+            f"no method {method!r} while a directory is read", remedy=f"Use one of: {', '.join(METHODS)}.{whole}"
+        )
     schemes = {"body": Scheme.parse(scheme), "head": None if head == "none" else Scheme.parse(head or scheme)}
     files = TensorFiles.of(path)
     model = skeleton(path, dtype)
     plan = make_plan(model, files, None)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = _linears(model, plan)
-    for target in selected(linears, include, exclude):
+    chosen_linears = selected(linears, include, exclude)
+    if not chosen_linears:
+        raise OptionValueError(
+            "no weight is left to quantize",
+            where=str(path),
+            remedy=f"Check include and exclude; names are, for example: {', '.join(list(linears)[:4]) or 'none'}.",
+        )
+    for target in chosen_linears:
         module_path, tensor = linears[target]
         module = model.get_submodule(module_path)
         chosen = schemes["head" if module is output else "body"]
@@ -69,7 +79,23 @@ def load_quantized(
         put(model, module_path, made)
         _settle(model, plan, target, made)
     load_rest(model, files, plan)
+    if stacks := _stacks(model):
+        log.warning(
+            "%d stacks of matrices stay floats, the first: %s; accelc.compile(path, quantize=...) quantizes them too",
+            len(stacks), stacks[0],
+        )  # fmt: skip
     return model
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """Names of parameters that hold several float matrices."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if not isinstance(module, QuantizedModule)
+        for name, value in module.named_parameters(recurse=False)
+        if value.ndim == 3 and value.is_floating_point()
+    ]
 
 
 def _linears(model: nn.Module, plan: Plan) -> dict[str, tuple[str, str]]:

@@ -34,11 +34,11 @@ def save_quantized(
     `source`, default: the directory that the model came from.
 
     Files appear when all are written. Raises CheckpointError: no quantized module, no configuration, a directory that
-    holds weights already.
+    holds weights already. InputError: scales in a dtype that no scheme has.
     """
     path = Path(directory)
     config: Any = getattr(model, "config", None)
-    schemes = {name: m.scheme for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    schemes = {name: m.stored_scheme() for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
     if not schemes or not hasattr(config, "save_pretrained"):
         lacking = "no quantized module" if hasattr(config, "save_pretrained") else "no transformers configuration"
         raise CheckpointError(f"{type(model).__name__} has {lacking}", remedy="Save what load_quantized returns.")

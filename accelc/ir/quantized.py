@@ -60,7 +60,10 @@ class Scheme:
         if match is None or int(match[1]) not in BITS:
             raise InputError(f"unknown quantization scheme {text!r}", remedy=_CHOICES)
         scheme = cls(4, 128) if match[1] == "4" else cls(8, 0, scale_dtype=torch.float32)
-        for part in parts:
+        kinds = [_kind(part) for part in parts]
+        for part, kind in zip(parts, kinds, strict=True):
+            if kinds.count(kind) > 1:
+                raise InputError(f"the quantization scheme {text!r} says its {kind} twice", remedy=_CHOICES)
             if part in SCALES:
                 scheme = replace(scheme, scale_dtype=SCALES[part])
             elif part in ("sym", "asym"):
@@ -100,6 +103,13 @@ class Scheme:
         """Bits that one weight of a row of `columns` takes, scales, zeros and padding included."""
         each = self.scale_dtype.itemsize * 8 * (1 if self.symmetric else 2)
         return (self.padded(columns) * self.bits + self.groups(columns) * each) / columns
+
+
+def _kind(part: str) -> str:
+    """What a part of a scheme's text says."""
+    if part in SCALES:
+        return "dtype of scales"
+    return "symmetry" if part in ("sym", "asym") else f"part {part!r}" if not re.match(r"row|g", part) else "group"
 
 
 _CHOICES = (

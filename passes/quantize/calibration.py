@@ -66,7 +66,11 @@ def run_calibrated(program: Program, matrices: Mapping[str, Matrix], calibration
     facts: dict[str, Any] = program.facts.get("capture", {})  # type: ignore[assignment]
     highest = int(calibration.tokens.max())
     if highest >= int(facts.get("vocab_size", highest + 1)) or int(calibration.tokens.min()) < 0:
-        raise InputError(f"calibration token {highest} lies outside the vocabulary of {facts['vocab_size']}")
+        wrong = highest if int(calibration.tokens.min()) >= 0 else int(calibration.tokens.min())
+        raise InputError(
+            f"calibration token {wrong} lies outside the vocabulary of {facts.get('vocab_size', '?')}",
+            remedy="Encode the text with the model's own tokenizer.",
+        )
     longest = int(facts.get("max_length", calibration.tokens.shape[1]))
     tokens = calibration.tokens[:, :longest].to(program.device)
     run = _Calibrated(program, matrices, made)

@@ -57,6 +57,8 @@ def test_options_choose(llama: tuple[torch.nn.Module, Path]) -> None:
         ({"include": "*no_such*"}, OptionValueError, "matches no weight"),
         ({"scheme": "int5"}, InputError, "int4"),
         ({"method": "magic"}, OptionValueError, "hqq"),
+        ({"method": "awq"}, OptionValueError, r"accelc\.compile"),
+        ({"exclude": "*"}, OptionValueError, "no weight is left"),
     ):
         with pytest.raises(error, match=text):
             load_quantized(path, **options)
@@ -127,6 +129,24 @@ def test_what_stands_beside_the_weights_is_kept(llama: tuple[torch.nn.Module, Pa
     assert (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
     assert load_checkpoint(tmp_path / "new").generation_config.top_k == 7
     assert not [p for p in (tmp_path / "new").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.bfloat16])
+def test_a_converted_model_is_saved_as_it_is(llama: tuple[torch.nn.Module, Path], tmp_path: Path, convert) -> None:
+    model = convert(load_quantized(llama[1], "int8:g32"))
+    save_quantized(model, tmp_path / "own")
+    loaded = load_model(tmp_path / "own")
+    wanted, got = model.state_dict(), loaded.state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    with pytest.raises(InputError, match="float64"):
+        save_quantized(model.double(), tmp_path / "double")
+
+
+def test_stacks_of_experts_are_announced_as_floats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    FAMILIES["mixtral"].build().save_pretrained(tmp_path)
+    load_quantized(tmp_path, "int8")
+    assert "stacks of matrices stay floats" in caplog.text
 
 
 def test_what_cannot_be_saved(llama: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
