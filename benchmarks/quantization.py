@@ -5,11 +5,10 @@
 
 Perplexity is that of the held-out files of Python's standard library by a sliding window; calibration text is from the
 training files. Speed is greedy decoding at batch 1, the configurations taking turns. Peak memory is that of a process
-that loads the model's directory, quantizes and decodes, beyond that of one that has imported everything.
+that loads the model's directory, quantizes and decodes (benchmarks/peak.py).
 """
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from environment import describe
+from peak import measure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -53,6 +53,7 @@ CONFIGURATIONS = (
     Configuration("int4, group 128, asymmetric", {"scheme": "int4:g128:asym"}),
     Configuration("int4, group 128, asymmetric, HQQ", {"scheme": "int4:g128:asym", "method": "hqq"}),
     Configuration("int4, group 32", {"scheme": "int4:g32"}),
+    Configuration("int4, group 32, HQQ", {"scheme": "int4:g32", "method": "hqq"}),
     Configuration("int4, group 32, GPTQ", {"scheme": "int4:g32", "method": "gptq"}),
 )
 
@@ -71,7 +72,7 @@ class Row:
 
 def main(
     tokens: Annotated[int, typer.Option(help="Held-out tokens that are scored.", min=512)] = 16_384,
-    calibration_rows: Annotated[int, typer.Option(help="Calibration windows of 256 tokens.", min=1)] = 32,
+    calibration_rows: Annotated[int, typer.Option(help="Calibration windows of 256 tokens.", min=1)] = 128,
     repeats: Annotated[int, typer.Option(help="Generations of each configuration.", min=1)] = 5,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, a process each.")] = True,
@@ -102,7 +103,7 @@ def main(
             row.rates.append(statistics.decode_tokens_per_second)
     if memory:
         for row, configuration in track(list(zip(rows, CONFIGURATIONS, strict=True)), "memory", console=console):
-            row.peak_mb = _peak(trained, configuration)
+            row.peak_mb = _peak(trained, configuration, text)
     console.print(_table(rows))
     _write(rows, out, console, trained)
 
@@ -132,31 +133,14 @@ def _weights(step: Any, name: str) -> int:
     """How many weights the codes under `name` stand for."""
     reader = next(n for n in step.graph.nodes if n.op == "get_attr" and n.target == f"{name}.codes")
     product = next(n for n in reader.users if n.target is torch.ops.accelc.quantized_linear.default)
-    codes, bits, rows = step.tensors()[f"{name}.codes"], product.args[5], product.args[6]
-    return int(rows) * codes.shape[-2] * 32 // int(bits)
+    return int(product.args[6]) * int(product.args[0].meta["val"].shape[-1])
 
 
-PROBE = """
-import json, resource, sys
-import accelc, torch
-import accelc.compiler, accelc.checkpoints, transformers.models.llama.modeling_llama
-path, options = sys.argv[1], json.loads(sys.argv[2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-quantize = None if options is None else accelc.QuantizeWeights(**options)
-decoder = accelc.compile(path, max_length=256, quantize=quantize)
-decoder.generate([1, 2, 3], max_new_tokens=8)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-def _peak(trained: Trained, configuration: Configuration) -> float:
-    """MB that loading, quantizing and decoding take at most; calibrated methods are not measured (0)."""
-    options = configuration.options
-    if options is not None and options.get("method") in ("gptq", "awq"):
-        return 0.0
-    command = [sys.executable, "-c", PROBE, str(trained.path), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.strip().splitlines()[-1]) / 1e3
+def _peak(trained: Trained, configuration: Configuration, text: accelc.Calibration) -> float:
+    """MB that loading, quantizing and decoding take at most."""
+    calibrated = (configuration.options or {}).get("method") in ("gptq", "awq")
+    found = measure(trained.path, configuration.options, 256, calibration=text.tokens if calibrated else None)
+    return found["peak"] / 1e6
 
 
 def _table(rows: list[Row]) -> Table:

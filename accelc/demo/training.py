@@ -47,7 +47,7 @@ def model_config(settings: Settings, end_token: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=settings.vocabulary,
         hidden_size=settings.hidden,
-        intermediate_size=settings.hidden * 8 // 3 // 32 * 32,
+        intermediate_size=settings.hidden * 8 // 3 // 128 * 128,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.kv_heads,
