@@ -3,8 +3,8 @@
     python benchmarks/memory.py                       # the Llama-3.2-1B shape in int8 and int4
     python benchmarks/memory.py --shape 160m --scheme int4:g32
 
-Two processes for each scheme, the second with the programs that the first one left in the cache; benchmarks/peak.py says
-what counts.
+Two processes for each scheme, the second with the programs that the first one left in the cache; benchmarks/peak.py
+says what counts.
 """
 
 import itertools

@@ -44,10 +44,11 @@ class Trained:
 
 def model_config(settings: Settings, end_token: int) -> LlamaConfig:
     """The Llama architecture at the demo's size."""
+    width = settings.hidden * 8 // 3
     return LlamaConfig(
         vocab_size=settings.vocabulary,
         hidden_size=settings.hidden,
-        intermediate_size=settings.hidden * 8 // 3 // 128 * 128,
+        intermediate_size=width // 128 * 128 or width // 32 * 32,  # whole groups of quantized weights
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.kv_heads,
