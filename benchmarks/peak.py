@@ -1,8 +1,8 @@
 """Peak memory of loading, quantizing and decoding a model's directory, in a process of its own.
 
 The process compiles a tiny model first, so that all libraries are there. What counts is its anonymous memory beyond
-that of the tiny model, sampled every few milliseconds; pages of the weights' files, which the system drops when it needs
-the room, do not.
+that of the tiny model, sampled every few milliseconds; pages of the weights' files, which the system drops when it
+needs the room, do not.
 """
 
 import json
