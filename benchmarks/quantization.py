@@ -29,6 +29,7 @@ from accelc.demo.corpus import read_corpus
 from accelc.demo.settings import Settings
 from accelc.demo.tokenizer import encode_files
 from accelc.demo.training import Trained, trained_model
+from accelc.passes.quantize.products import find_matrices
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -87,11 +88,12 @@ def main(
     text = accelc.Calibration.of_text(
         encode_files(trained.tokenizer, list(corpus.train.values())[:200]), rows=calibration_rows
     )
-    rows, decoders = [], []
+    rows, decoders, weights = [], [], 0
     for configuration in track(CONFIGURATIONS, "compiling and scoring", console=console):
         decoder = accelc.compile(trained.model, max_length=settings.context, quantize=_pass(configuration, text))
         score = accelc.perplexity(decoder, held_out, window=512, stride=256)
-        rows.append(Row(configuration.title, _bits(decoder), score.perplexity, score.loss))
+        weights = weights or _weights(decoder)  # the first one is in floats
+        rows.append(Row(configuration.title, _bits(decoder, weights), score.perplexity, score.loss))
         decoders.append(decoder)
     prompt = held_out[:64]
     for decoder in decoders:
@@ -115,25 +117,20 @@ def _pass(configuration: Configuration, text: accelc.Calibration) -> accelc.Quan
     return accelc.QuantizeWeights(**configuration.options, calibration=text if calibrated else None)
 
 
-def _bits(decoder: accelc.CompiledDecoder) -> float:
-    """Bits of a weight, of all weights that products read."""
-    from accelc.passes.quantize.products import find_matrices
+def _weights(decoder: accelc.CompiledDecoder) -> int:
+    """How many weights the products of a float decoder read."""
+    step = decoder.programs["step"]
+    return sum(step.tensors()[m.path].numel() for m in find_matrices(step).values() if m.products)
 
+
+def _bits(decoder: accelc.CompiledDecoder, weights: int) -> float:
+    """Bits of a weight, of all `weights` that products read: codes, scales, zeros and padding."""
     step = decoder.programs["step"]
     tensors = step.tensors()
     coded = {name.rpartition(".")[0] for name in tensors if name.endswith("quantized.codes")}
-    bits = sum(t.numel() * t.element_size() * 8 for name, t in tensors.items() if name.rpartition(".")[0] in coded)
-    floats = [m for m in find_matrices(step).values() if m.products]
-    weights = sum(tensors[m.path].numel() for m in floats)
-    bits += sum(tensors[m.path].numel() * tensors[m.path].element_size() * 8 for m in floats)
-    return bits / (weights + sum(_weights(step, name) for name in coded))
-
-
-def _weights(step: Any, name: str) -> int:
-    """How many weights the codes under `name` stand for."""
-    reader = next(n for n in step.graph.nodes if n.op == "get_attr" and n.target == f"{name}.codes")
-    product = next(n for n in reader.users if n.target is torch.ops.accelc.quantized_linear.default)
-    return int(product.args[6]) * int(product.args[0].meta["val"].shape[-1])
+    read = [t for name, t in tensors.items() if name.rpartition(".")[0] in coded]
+    read += [tensors[m.path] for m in find_matrices(step).values() if m.products]
+    return sum(t.numel() * t.element_size() * 8 for t in read) / weights
 
 
 def _peak(trained: Trained, configuration: Configuration, text: accelc.Calibration) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,3 +82,12 @@ def test_no_remedy_is_a_report_or_a_check_that_is_switched_off() -> None:
     for cls in classes:
         assert "report" not in cls.remedy.lower(), cls
         assert "check=" not in cls.remedy, cls
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_weight_that_is_no_number_is_named(quantize: str | None) -> None:
+    model = FAMILIES["llama"].build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    with pytest.raises(AccelcError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        accelc.compile(model, max_length=32, quantize=quantize, cache=False)
