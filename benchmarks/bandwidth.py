@@ -2,15 +2,15 @@
 
 Machines flip between levels for minutes at a time, so read it right before and after each sample and report the ratio:
 
-    python -m benchmarks.bandwidth            # prints a few readings
+    python benchmarks/bandwidth.py            # prints a few readings
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,22 +21,6 @@ BYTES = 1 << 29
 """Size of the buffer read: far beyond any cache, about 10 ms."""
 STREAMS = (1, 4)
 """Streams that a thread reads at once; the best counts: on Zen 3 four are 1.3 times as fast as one."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One timed call beside the bandwidth around it: seconds, bytes that the call must read, bytes a second of the
-    memory.
-    """
-
-    seconds: float
-    bytes: int
-    bandwidth: float
-
-    @property
-    def ratio(self) -> float:
-        """Achieved part of the limit."""
-        return self.bytes / self.seconds / self.bandwidth
 
 
 class Bandwidth:
@@ -60,17 +44,21 @@ class Bandwidth:
             best = min(best, time.perf_counter() - started)
         return self._buffer.nbytes / best
 
-    def sample(self, call: Callable[[], object], read_bytes: int, repeats: int = 3) -> Sample:
-        """Time `call` (best of `repeats`) between two readings; the higher reading counts, so a ratio is never
-        flattered.
+    def share(self, call: Callable[[], object], read_bytes: float, repeats: int = 60) -> float:
+        """The part of the memory's bandwidth at which `call` reads `read_bytes`: the median of `repeats`.
+
+        The memory is read between any two calls, and a call compared with the two readings around it: on a machine
+        whose memory flips between levels every few seconds, anything longer averages over both.
         """
-        before = self.read()
-        best = float("inf")
+        shares, before = [], self.read(1)
         for _ in range(repeats):
             started = time.perf_counter()
             call()
-            best = min(best, time.perf_counter() - started)
-        return Sample(best, read_bytes, max(before, self.read()))
+            seconds = time.perf_counter() - started
+            after = self.read(1)
+            shares.append(read_bytes / seconds / ((before + after) / 2))
+            before = after
+        return statistics.median(shares)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import torch
 import typer
 from environment import describe
 from peak import measure

@@ -41,14 +41,7 @@ class Settled:
         return self._generate(prompt, new_tokens)
 
     def share_of_limit(self, context: int, step_bytes: float, repeats: int = 60) -> float:
-        """A decoding step alone, at `context` committed tokens: median share of the memory's bandwidth.
-
-        The memory is read between any two steps, and a step compared with the two readings around it. A generation is
-        too long for that on a machine whose memory flips between levels every few seconds.
-        """
-        import statistics
-        import time
-
+        """A decoding step alone, at `context` committed tokens: its share of the memory's bandwidth."""
         import torch
         from bandwidth import Bandwidth
 
@@ -56,12 +49,4 @@ class Settled:
         lengths, states = torch.tensor([context]), steps.allocate(1)
         arguments = (torch.zeros(1, 1, dtype=torch.int64), lengths.view(1, 1), lengths, *states)
         steps.decode(*arguments)
-        shares, before = [], meter.read(1)
-        for _ in range(repeats):
-            started = time.perf_counter()
-            steps.decode(*arguments)
-            seconds = time.perf_counter() - started
-            after = meter.read(1)
-            shares.append(step_bytes / seconds / ((before + after) / 2))
-            before = after
-        return statistics.median(shares)
+        return meter.share(lambda: steps.decode(*arguments), step_bytes, repeats)
