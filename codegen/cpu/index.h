@@ -29,54 +29,31 @@ inline void index(const Instruction& ins, Team& team) {
   });
 }
 
-// Rows of a table in few bits (accelc/ir/quantized.py), as floats. tensors: ids [R] (int64), codes [P, lines, 64], scales
-// [P, G, 16], zeros?, out [R, K]; ints: bits, rows of the table
-inline void quantized_embedding(const Instruction& ins, Team& team) {
-  constexpr int LANES = 16, SOME = 256;
-  const Tensor &ids = ins.t(0), &codes = ins.t(1), &scales = ins.t(2), &zeros = ins.t(3), &out = ins.t(4);
-  const int64_t bits = ins.ints[0], words = codes.size[1], per_word = 32 / bits, groups = scales.size[1];
-  const int64_t group = words * per_word / groups, columns = out.size[1];
-  each_row(team, out.size[0], columns, [&](int64_t row) {
-    const int64_t id = team.at<int64_t>(ids)[row * ids.stride[0]];
-    if (id < 0 || id >= ins.ints[1]) return team.fail(1);
-    const int64_t part = id / LANES, lane = id % LANES;
-    const uint8_t* own = team.at<const uint8_t>(codes) + part * words * LANES * 4 + lane * 4;
-    float values[SOME];
-    for (int64_t begin = 0; begin < columns; begin += SOME) {
-      const int64_t end = std::min(begin + SOME, columns);
-      for (int64_t k = begin; k < end; k++) {
-        const uint8_t* word = own + k / per_word * LANES * 4;
-        const int64_t g = (part * groups + k / group) * LANES + lane;
-        float scale, zero = float(1 << (bits - 1));
-        widen(element(team.at<const void>(scales), scales.dtype, g), scales.dtype, &scale, 1);
-        if (zeros) widen(element(team.at<const void>(zeros), zeros.dtype, g), zeros.dtype, &zero, 1);
-        const uint8_t code = bits == 8 ? word[k % 4] : k % 8 < 4 ? word[k % 4] & 15 : word[k % 4] >> 4;
-        values[k - begin] = (float(code) - zero) * scale;
-      }
-      void* to = element(team.at<void>(out), out.dtype, row * out.stride[0] + begin);
-      narrow(values, to, out.dtype, end - begin);
-    }
-  });
-}
+// A matrix in few bits (accelc/ir/quantized.py): codes [P, lines, 64], scales [P, G, 16], zeros?
+template <int BITS> struct Codes {
+  static constexpr int PER = 32 / BITS, SOME = 256;  // codes of a word; columns that are narrowed at a time
+  const uint8_t* codes;
+  const void *scales, *zeros;
+  int32_t dtype;
+  int64_t words, groups, group;
+  Codes(const Team& team, const Tensor& c, const Tensor& s, const Tensor& z)
+      : codes(team.at<const uint8_t>(c)), scales(team.at<const void>(s)), zeros(z ? team.at<const void>(z) : nullptr),
+        dtype(s.dtype), words(c.size[1]), groups(s.size[1]), group(words * PER / groups) {}
 
-// A matrix in few bits as floats. tensors: codes [P, lines, 64], scales [P, G, 16], zeros?, out [N, K]; ints: bits
-template <int BITS> inline void dequantize_as(const Instruction& ins, Team& team) {
-  constexpr int LANES = 16, PER = 32 / BITS, SOME = 256;
-  const Tensor &codes = ins.t(0), &scales = ins.t(1), &zeros = ins.t(2), &out = ins.t(3);
-  const int64_t words = codes.size[1], groups = scales.size[1], group = words * PER / groups, columns = out.size[1];
-  vu shift;
-  for (int l = 0; l < W; l++) shift[l] = BITS == 8 ? l % 4 * 8 : l % 4 * 8 + l % 8 / 4 * 4;
-  each_row(team, out.size[0], columns, [&](int64_t row) {
+  // Columns 0 to `columns` of one row as floats of type `type`.
+  void row(int64_t row, int64_t columns, void* out, int32_t type) const {
+    vu shift;
+    for (int l = 0; l < W; l++) shift[l] = BITS == 8 ? l % 4 * 8 : l % 4 * 8 + l % 8 / 4 * 4;
     const int64_t part = row / LANES, lane = row % LANES;
-    const uint8_t* own = team.at<const uint8_t>(codes) + part * words * LANES * 4 + lane * 4;
+    const uint8_t* own = codes + part * words * LANES * 4 + lane * 4;
     alignas(64) float values[SOME];
     for (int64_t begin = 0; begin < columns; begin += SOME) {
       const int64_t end = std::min(begin + SOME, columns);
       for (int64_t k = begin; k < end; k += W) {  // a group has a multiple of 32 columns, and codes are padded to whole groups
         const int64_t g = (part * groups + k / group) * LANES + lane;
         float scale, zero = float(1 << (BITS - 1));
-        widen(element(team.at<const void>(scales), scales.dtype, g), scales.dtype, &scale, 1);
-        if (zeros) widen(element(team.at<const void>(zeros), zeros.dtype, g), zeros.dtype, &zero, 1);
+        widen(element(scales, dtype, g), dtype, &scale, 1);
+        if (zeros) widen(element(zeros, dtype, g), dtype, &zero, 1);
         vu bits;
         for (int l = 0; l < W; l += PER < W ? PER : W) {
           uint32_t word;
@@ -87,8 +64,32 @@ template <int BITS> inline void dequantize_as(const Instruction& ins, Team& team
         const vi code = bits_as<vi>((bits >> (shift + more)) & ((1u << BITS) - 1));
         store(values + k - begin, (__builtin_convertvector(code, vf) - zero) * scale);
       }
-      narrow(values, element(team.at<void>(out), out.dtype, row * out.stride[0] + begin), out.dtype, end - begin);
+      narrow(values, element(out, type, begin), type, end - begin);
     }
+  }
+};
+
+// Rows of a table in few bits as floats. tensors: ids [R] (int64), codes, scales, zeros?, out [R, K]; ints: bits, rows of
+// the table
+template <int BITS> inline void quantized_embedding_as(const Instruction& ins, Team& team) {
+  const Tensor &ids = ins.t(0), &out = ins.t(4);
+  const Codes<BITS> table(team, ins.t(1), ins.t(2), ins.t(3));
+  each_row(team, out.size[0], out.size[1], [&](int64_t row) {
+    const int64_t id = team.at<int64_t>(ids)[row * ids.stride[0]];
+    if (id < 0 || id >= ins.ints[1]) return team.fail(1);
+    table.row(id, out.size[1], element(team.at<void>(out), out.dtype, row * out.stride[0]), out.dtype);
+  });
+}
+inline void quantized_embedding(const Instruction& ins, Team& team) {
+  return ins.ints[0] == 8 ? quantized_embedding_as<8>(ins, team) : quantized_embedding_as<4>(ins, team);
+}
+
+// A matrix in few bits as floats. tensors: codes, scales, zeros?, out [N, K]; ints: bits
+template <int BITS> inline void dequantize_as(const Instruction& ins, Team& team) {
+  const Tensor& out = ins.t(3);
+  const Codes<BITS> matrix(team, ins.t(0), ins.t(1), ins.t(2));
+  each_row(team, out.size[0], out.size[1], [&](int64_t row) {
+    matrix.row(row, out.size[1], element(team.at<void>(out), out.dtype, row * out.stride[0]), out.dtype);
   });
 }
 inline void dequantize(const Instruction& ins, Team& team) {

@@ -13,6 +13,7 @@ namespace accelc {
 enum DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, I64 = 3, BOOL = 4 };
 constexpr int64_t ITEMSIZE[] = {4, 2, 2, 8, 1};
 constexpr int MAX_DIMS = 6;
+constexpr int LANES = 16;  // rows of a weight in few bits that lie interleaved
 
 struct Tensor {          // strides in elements
   int32_t base = -1;     // index into the bases given at each run; -1: absent

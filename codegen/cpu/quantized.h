@@ -63,7 +63,7 @@ struct Fixed {
 
 // Weights by blocks of 16 rows. A thread's piece is read by several readers, each in a part of its own, as in linear.h.
 template <class D> struct Quantized {
-  static constexpr int LANES = 16, V = LANES / W;                   // rows and vectors of a block
+  static constexpr int V = LANES / W;                               // vectors of a block of rows
   static constexpr int N = V > 2 ? V : 2, BLOCKS = N / V;           // vectors and blocks that share what `D::add` loads of x
   static constexpr int64_t TOGETHER = 64;                           // rows of x that are summed at once
   // Bytes to prefetch ahead of one reader, and of several (measured on Zen 3: several without it read 0.8 to 0.9 as fast)

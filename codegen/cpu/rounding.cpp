@@ -6,8 +6,6 @@
 
 namespace accelc {
 
-constexpr int64_t LANES = 16;  // rows that lie interleaved
-
 struct Rounding {
   const void* weight;
   int32_t dtype;
