@@ -9,12 +9,14 @@ a second process only reads the library.
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 import torch.fx as fx
@@ -94,7 +96,7 @@ class CompiledStep:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run one step. Raises `StepInputError`, `StepIndexError`."""
         if len(inputs) != len(self._names):
-            raise StepInputError(f"{len(inputs)} inputs for a step of {len(self._names)}: {', '.join(self._names)}")
+            self._refuse_count(inputs)
         with self._lock:
             sizes = tuple([inputs[i].shape[d] for i, d in self._readers])
             self._check(inputs, sizes)
@@ -111,6 +113,27 @@ class CompiledStep:
             result = instance.run(inputs)
             self._exchange(PAGES_SHARE * (time.perf_counter() - started))
             return result
+
+    def bind(self, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """A call with the same inputs again and again, which are checked now and must not be resized: for a loop that
+        writes into them. Raises `StepInputError`; what it returns raises `StepIndexError`.
+        """
+        if len(inputs) != len(self._names):
+            self._refuse_count(inputs)
+        if self._options.mode == "interpret":
+            return functools.partial(self, *inputs)
+        with self._lock:
+            sizes = self._sizes(inputs)
+            self._check(inputs, sizes)
+            bound = (self._instances.get(sizes) or self._instance(sizes)).bind(inputs)
+
+        def call() -> tuple[Tensor, ...]:
+            with self._lock:
+                if self._pages is None:
+                    return bound()
+            return self(*inputs)  # huge pages are still to be put under the weights
+
+        return call
 
     def profile(self, *inputs: Tensor, repeats: int = 20) -> Profile:
         """Where the time of a step goes, by kinds of instruction: runs it `repeats` times on the same inputs, which
@@ -160,6 +183,9 @@ class CompiledStep:
 
     def _sizes(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple(inputs[i].shape[d] for i, d in self._readers)
+
+    def _refuse_count(self, inputs: Sequence[Tensor]) -> NoReturn:
+        raise StepInputError(f"{len(inputs)} inputs for a step of {len(self._names)}: {', '.join(self._names)}")
 
     def _check(self, inputs: Sequence[Tensor], sizes: tuple[int, ...]) -> None:
         """Raise `StepInputError` unless the inputs fit. Objects that passed at these sizes are not looked at again."""

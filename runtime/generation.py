@@ -102,7 +102,7 @@ class Generation:
         retired = False
         while True:
             chosen = select(logits)  # [B]
-            tokens = chosen.tolist()
+            tokens = chosen if isinstance(chosen, list) else chosen.tolist()
             ended = False
             for row in active:
                 if row.accept(tokens[row.index]):
@@ -119,7 +119,8 @@ class Generation:
                 if not active:
                     return
             if retired:
-                chosen = chosen.clamp(min=0)  # padding of ended rows may be -1
+                # Padding of ended rows may be -1.
+                chosen = [max(t, 0) for t in tokens] if isinstance(chosen, list) else chosen.clamp(min=0)
             logits = session.decode(chosen)
             self.steps += 1
 

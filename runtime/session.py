@@ -9,10 +9,11 @@ session.close()                                # gives its states back for the n
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,6 +68,10 @@ class Session:
             # A flat view, and 1 for each row that still generates: what the hot loop writes.
             self._token_row = self._tokens.view(batch)
             self._advance = torch.ones(batch, dtype=torch.int64, device=device)
+            # On the host numpy writes the same memory, at a fraction of what a torch operation takes.
+            views = self._token_row, self.lengths, self._advance
+            self._host = tuple(t.numpy() for t in views) if device.type == "cpu" else None
+        self._decode: Callable[[], tuple[Tensor, ...]] | None = None
         self.logits: Tensor = torch.empty(0)
         """[B, V]: the logits after the last token of each row; empty after a `rollback`, until tokens are appended."""
 
@@ -99,12 +104,26 @@ class Session:
         assert final is not None
         return final
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor | list[int]) -> Tensor:
         """Append one token per row (int64 [B]) and return the logits [B, V] after it. Retired rows are padded."""
-        self._token_row.copy_(tokens)
-        logits = self.steps.decode(self._tokens, self._positions, self.lengths, *self._states)[0]
-        self.lengths.add_(self._advance)
+        run = self._decode or self._bound()
+        if self._host is None:
+            self._token_row.copy_(torch.as_tensor(tokens))
+            logits = run()[0]
+            self.lengths.add_(self._advance)
+        else:
+            row, lengths, advance = self._host
+            row[:] = tokens
+            logits = run()[0]
+            lengths += advance
         return logits.select(1, 0)
+
+    def _bound(self) -> Callable[[], tuple[Tensor, ...]]:
+        """The step of one token with this session's own tensors, which it reads and writes in place."""
+        step: Any = self.steps.decode
+        inputs = (self._tokens, self._positions, self.lengths, *self._states)
+        self._decode = step.bind(*inputs) if hasattr(step, "bind") else functools.partial(step, *inputs)
+        return self._decode
 
     def retire(self, rows: Sequence[int]) -> None:
         """Rows that generate no more: from now on `decode` leaves their lengths alone."""
@@ -210,7 +229,7 @@ class Session:
         with self._lock:
             if self._lease is not None and not discard:
                 self._pool.give(self._lease)
-            self._lease, self._states = None, ()
+            self._lease, self._states, self._decode = None, (), None
 
     def __enter__(self) -> Session:
         return self

@@ -160,6 +160,34 @@ def test_one_call_at_a_time() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bound_step_is_the_call_whatever_runs_in_between(kind: str) -> None:
+    model = KINDS[kind](Shape())
+    step = compile_program(
+        graph_of(model), [*arguments(model.shape, torch.zeros(1, dtype=torch.int64), 1), *model.states(1)]
+    )
+    runs = []
+    for batch in (1, 1, 2):
+        tokens, positions, lengths = arguments(model.shape, torch.zeros(batch, dtype=torch.int64), 1)
+        inputs = (tokens, positions, lengths, *model.states(batch))
+        reference = (tokens, positions, lengths, *model.states(batch))
+        runs.append((step.bind(*inputs), inputs, reference))
+    for turn in range(4):
+        for bound, inputs, reference in runs:
+            got = bound()
+            want = step.interpret(*reference)
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+            inputs[0].add_(turn + 1).remainder_(model.shape.vocab)
+            inputs[1].add_(1)
+            inputs[2].add_(1)
+        step(*arguments(model.shape, torch.zeros(1, dtype=torch.int64), 1), *model.states(1))
+    with pytest.raises(StepInputError, match="6 inputs"):
+        step.bind(*inputs[:-1])
+    inputs[0].fill_(10**6)
+    with pytest.raises(StepIndexError, match="token id"):
+        bound()
+
+
 def test_refuses_other_inputs_by_name() -> None:
     model = Step(Shape())
     states, given = model.states(1), arguments(model.shape, torch.zeros(1, dtype=torch.int64), 2)
