@@ -33,7 +33,7 @@ from accelc.checkpoints import load_checkpoint, quantization_of
 from accelc.ir.compat import mask_hint_unasked
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
 from accelc.ir.program import Program, graph_module, store
-from accelc.passes.closeness import allowed, comparable, spread
+from accelc.passes.closeness import allowed, differences, spread
 
 MAX_BATCH = 1 << 16
 EXAMPLE = (2, 7)
@@ -92,10 +92,10 @@ def _check_captured(program: Program, example: Tensor, logits: Tensor) -> None:
     """Raise CaptureError unless the graph gives the logits of the run before it was traced: tracing takes for constant
     what Python code remembers from call to call or draws at random.
     """
-    again = comparable(program.run(example)[0])
-    difference = float((again - comparable(logits)).abs().nan_to_num(0.0).max())  # NaN is reported by the check
+    found = differences(program.run(example)[0], logits)
+    difference = float(found.nan_to_num(0.0).max())  # NaN is reported by the check
     model = program.facts["capture"]["model"]  # type: ignore[index]
-    if difference > allowed(logits.dtype) * spread(comparable(logits).nan_to_num(0.0)):
+    if difference > allowed(logits.dtype) * spread(logits.nan_to_num(0.0)):
         raise CaptureError(
             f"the graph of {model} gives other logits than its forward did for the same ids: they differ by "
             f"{difference:.1e}",

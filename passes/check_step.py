@@ -11,7 +11,7 @@ from torch import Tensor
 from accelc.ir import Program
 from accelc.ir.errors import CheckError, NonFiniteLogitsError, NotCausalError
 from accelc.ir.rounding import all_finite
-from accelc.passes.closeness import allowed, comparable, computing_dtype, is_half, spread
+from accelc.passes.closeness import allowed, comparable, computing_dtype, differences, is_half, spread
 from accelc.passes.probe_forward import changed_tokens, draw_tokens, probe_causality, probe_lengths, rounding_noise
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -64,8 +64,8 @@ def check_step(
     device = step.device
     tokens = draw_tokens(forward, 2, length, generator)
     # Later tokens are changed in a copy beside the original: two runs would read the weights twice.
-    expected, changed = comparable(forward.run(torch.cat([tokens, changed_tokens(forward, tokens)]))[0]).chunk(2)
-    if not bool(torch.isfinite(expected).all()):
+    expected, changed = forward.run(torch.cat([tokens, changed_tokens(forward, tokens)]))[0].chunk(2)
+    if not all_finite(expected):
         broken = [name for name, t in forward.tensors().items() if t.is_floating_point() and not all_finite(t)]
         raise NonFiniteLogitsError(
             "the model itself gives NaN or infinite logits for random tokens"
@@ -82,8 +82,7 @@ def check_step(
             suspected=bool(step.facts.get("length_dependent")), thorough=length > QUICK,
         )  # fmt: skip
     except NotCausalError as error:
-        again = comparable(forward.run(tokens)[0])
-        if not float((again - expected).abs().max()) <= bound * scale:
+        if not float(differences(forward.run(tokens)[0], expected).max()) <= bound * scale:
             raise NotCausalError(
                 "the forward gives other logits for the same tokens when it is run again",
                 where=error.where,
@@ -101,7 +100,7 @@ def check_step(
     if "tree" in step.inputs:
         runs.append(("tree", _run_tree(step, run, states, forward, tokens, vocabulary, generator)))
     for name, pairs in runs:
-        furthest = max(float((comparable(got) - want).abs_().max()) for got, want in pairs) / scale
+        furthest = max(float((comparable(got) - comparable(want)).abs_().max()) for got, want in pairs) / scale
         if not furthest <= bound:  # also catches NaN
             raise CheckError(
                 f"the derived step differs from the forward when run {name}: {furthest:.2e} of the logits' spread "
@@ -190,7 +189,7 @@ def _run_tree(
     for row in range(2):
         for i, path in enumerate(paths):
             sequence = torch.cat([tokens[row, : int(prefix[row])], nodes[row, path]])
-            yield got[row, i], comparable(forward.run(sequence[None])[0][0, -1])
+            yield got[row, i], forward.run(sequence[None])[0][0, -1]
 
 
 def _path(parents: list[int], node: int) -> list[int]:

@@ -20,6 +20,13 @@ def comparable(logits: Tensor) -> Tensor:
     return logits if logits.dtype is torch.float64 else logits.float()
 
 
+def differences(a: Tensor, b: Tensor) -> Tensor:
+    """The largest difference of logits [B, T, V] at each position: [T]; NaN where one is. One position after the other:
+    with a large vocabulary a few logits are as many bytes as a layer in few bits.
+    """
+    return torch.stack([(comparable(a[:, t]) - comparable(b[:, t])).abs_().amax() for t in range(a.shape[1])])
+
+
 def computing_dtype(step: Program) -> torch.dtype:
     """The dtype of the step's states, which is that of the values it computes with."""
     return next((s.dtype for s in step.states if s.dtype.is_floating_point), torch.float32)
@@ -39,4 +46,6 @@ def allowed(dtype: torch.dtype, noise: float | None = None) -> float:
 
 def spread(logits: Tensor) -> float:
     """The largest distance of a logit [..., V] from the mean of its row: the scale that differences are shares of."""
-    return float((logits - logits.mean(-1, keepdim=True)).abs().max()) or 1.0
+    means = torch.stack([comparable(row).mean() for row in logits.flatten(0, -2)])
+    lowest, highest = (comparable(extreme.flatten()) for extreme in torch.aminmax(logits, dim=-1))
+    return float(torch.maximum(highest - means, means - lowest).max()) or 1.0
