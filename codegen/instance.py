@@ -48,6 +48,7 @@ class Instance:
         self._direct = len(plan.outputs) == len(self._fresh) and all(
             plan.fresh.get(out.root) == out for out in plan.outputs
         )
+        self._callers = [*self._inputs, *(base for base, *_ in self._fresh)]
         self._order = [plan.base_of[out.root] for out in plan.outputs] if self._direct else []
         self._out_views = [] if self._direct else [self._view(out) for out in plan.outputs]
         self._addressed: object = None
@@ -74,8 +75,8 @@ class Instance:
             result = tuple([tensors[base] for base in self._order])
         else:
             result = tuple([view() for view in self._out_views])
-        for base in self._inputs:
-            tensors[base] = None
+        for base in self._callers:
+            tensors[base] = None  # what the caller gave and got is the caller's to keep
         return result  # type: ignore[return-value]
 
     def bind(self, inputs: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
