@@ -48,7 +48,6 @@ class Instance:
         self._direct = len(plan.outputs) == len(self._fresh) and all(
             plan.fresh.get(out.root) == out for out in plan.outputs
         )
-        self._callers = [*self._inputs, *(base for base, *_ in self._fresh)]
         self._order = [plan.base_of[out.root] for out in plan.outputs] if self._direct else []
         self._out_views = [] if self._direct else [self._view(out) for out in plan.outputs]
         self._addressed: object = None
@@ -60,11 +59,18 @@ class Instance:
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run once. `inputs` match the plan's in shape, dtype and contiguity."""
-        bases, tensors = self._bases, self._tensors
         self._addressed = None
         for base, tensor in zip(self._inputs, inputs):
-            bases[base] = tensor.data_ptr()
-            tensors[base] = tensor
+            self._bases[base] = tensor.data_ptr()
+            self._tensors[base] = tensor
+        result = self._execute()
+        for base in self._inputs:
+            self._tensors[base] = None
+        return result
+
+    def _execute(self) -> tuple[Tensor, ...]:
+        """Run on the inputs whose addresses stand in the bases. What is returned is the caller's alone."""
+        bases, tensors = self._bases, self._tensors
         for base, size, stride, dtype in self._fresh:
             tensor = torch.empty_strided(size, stride, dtype=dtype)
             bases[base] = tensor.data_ptr()
@@ -75,29 +81,22 @@ class Instance:
             result = tuple([tensors[base] for base in self._order])
         else:
             result = tuple([view() for view in self._out_views])
-        for base in self._callers:
-            tensors[base] = None  # what the caller gave and got is the caller's to keep
+        for base, *_ in self._fresh:
+            tensors[base] = None
         return result  # type: ignore[return-value]
 
     def bind(self, inputs: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         """`run` with the same inputs each time, whose addresses are written down once. They keep their memory."""
         if not self._direct or not all(isinstance(stage, Native) for stage in self._plan.stages):
             return functools.partial(self.run, inputs)
-        bases, stages, order, me = self._bases, self._stages, self._order, object()
-        fresh = {base: (size, stride, dtype) for base, size, stride, dtype in self._fresh}
+        me = object()
 
         def bound() -> tuple[Tensor, ...]:
             if self._addressed is not me:
                 for base, tensor in zip(self._inputs, inputs):
-                    bases[base] = tensor.data_ptr()
+                    self._bases[base] = tensor.data_ptr()
                 self._addressed = me
-            made = {}
-            for base, (size, stride, dtype) in fresh.items():
-                made[base] = tensor = torch.empty_strided(size, stride, dtype=dtype)
-                bases[base] = tensor.data_ptr()
-            for stage in stages:
-                stage()
-            return tuple([made[base] for base in order])
+            return self._execute()
 
         return bound
 

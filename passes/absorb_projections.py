@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ import torch.fx as fx
 from torch import Tensor
 
 from accelc.ir import Exactness, Program
-from accelc.ir.compat import on_fakes
 from accelc.ir.program import fetch, store
 from accelc.passes.base import Pass, PassResult
+from accelc.passes.match import Builder
 from accelc.passes.registry import register_pass
 from accelc.passes.step.cut import Rates
 
@@ -200,14 +201,8 @@ def _rewrite(program: Program, node: fx.Node, parts: list[Part], value: Projecte
     """Replace the attention by one over [latent, shared parts] with a single key head."""
     graph = program.graph
     query, _, _, *rest = node.args
+    call = functools.partial(Builder().emit, node)
     with graph.inserting_before(node):
-
-        def call(target: Any, *args: Any) -> fx.Node:
-            new = graph.call_function(target, args)
-            with on_fakes(node.meta["val"].fake_mode):
-                new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-            new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-            return new
 
         def constant(name: str, tensor: Tensor) -> fx.Node:
             path = f"accelc_tables.{name}_{node.name}"

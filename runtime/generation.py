@@ -101,8 +101,7 @@ class Generation:
         self.prefill_seconds = perf_counter() - begun
         retired = False
         while True:
-            chosen = select(logits)  # [B]
-            tokens = chosen if isinstance(chosen, list) else chosen.tolist()
+            tokens = select(logits)
             ended = False
             for row in active:
                 if row.accept(tokens[row.index]):
@@ -119,9 +118,8 @@ class Generation:
                 if not active:
                     return
             if retired:
-                # Padding of ended rows may be -1.
-                chosen = [max(t, 0) for t in tokens] if isinstance(chosen, list) else chosen.clamp(min=0)
-            logits = session.decode(chosen)
+                tokens = [max(token, 0) for token in tokens]  # padding of ended rows may be -1
+            logits = session.decode(tokens)
             self.steps += 1
 
     def result(self) -> GenerateResult:

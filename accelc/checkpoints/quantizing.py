@@ -47,24 +47,24 @@ def load_quantized(
     if quantization_of(path) is not None:
         raise CheckpointFormatError(f"the model in {path} is quantized already", remedy="Load it as it is.")
     if method not in METHODS:
-        whole = f" {method} needs text: accelc.compile(path, quantize=QuantizeWeights(...))." * (method in CALIBRATED)
-        raise OptionValueError(
-            f"no method {method!r} while a directory is read", remedy=f"Use one of: {', '.join(METHODS)}.{whole}"
-        )
+        remedy = f"Use one of: {', '.join(METHODS)}."
+        if method in CALIBRATED:
+            remedy += f" {method} needs text: accelc.compile(path, quantize=QuantizeWeights(...))."
+        raise OptionValueError(f"no method {method!r} while a directory is read", remedy=remedy)
     schemes = {"body": Scheme.parse(scheme), "head": None if head == "none" else Scheme.parse(head or scheme)}
     files = TensorFiles.of(path)
     model = skeleton(path, dtype)
     plan = make_plan(model, files, None)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = _linears(model, plan)
-    chosen_linears = selected(linears, include, exclude)
-    if not chosen_linears:
+    targets = selected(linears, include, exclude)
+    if not targets:
         raise OptionValueError(
             "no weight is left to quantize",
             where=str(path),
             remedy=f"Check include and exclude; names are, for example: {', '.join(list(linears)[:4]) or 'none'}.",
         )
-    for target in chosen_linears:
+    for target in targets:
         module_path, tensor = linears[target]
         module = model.get_submodule(module_path)
         chosen = schemes["head" if module is output else "body"]

@@ -99,15 +99,15 @@ def on_fakes(mode: Any) -> Iterator[None]:
 def fill_values(graph: fx.Graph, module: torch.nn.Module) -> None:
     """Compute the fake value ``meta["val"]`` of every node that has none; placeholders must have theirs."""
     mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
-    for node in graph.nodes:
-        if "val" in node.meta:
-            continue
-        if node.op == "get_attr":
-            tensor = module.get_buffer(node.target)
-            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with on_fakes(mode):
+    with on_fakes(mode):
+        for node in graph.nodes:
+            if "val" in node.meta:
+                continue
+            if node.op == "get_attr":
+                tensor = module.get_buffer(node.target)
+                node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 node.meta["val"] = node.target(*args, **kwargs)
 
 

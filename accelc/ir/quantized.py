@@ -60,19 +60,21 @@ class Scheme:
         if match is None or int(match[1]) not in BITS:
             raise InputError(f"unknown quantization scheme {text!r}", remedy=_CHOICES)
         scheme = cls(4, 128) if match[1] == "4" else cls(8, 0, scale_dtype=torch.float32)
-        kinds = [_kind(part) for part in parts]
-        for part, kind in zip(parts, kinds, strict=True):
-            if kinds.count(kind) > 1:
-                raise InputError(f"the quantization scheme {text!r} says its {kind} twice", remedy=_CHOICES)
+        said: dict[str, object] = {}
+        for part in parts:
             if part in SCALES:
-                scheme = replace(scheme, scale_dtype=SCALES[part])
+                name, value = "scale_dtype", SCALES[part]
             elif part in ("sym", "asym"):
-                scheme = replace(scheme, symmetric=part == "sym")
+                name, value = "symmetric", part == "sym"
             elif part == "row" or re.fullmatch(r"g[0-9]+", part):
-                scheme = replace(scheme, group=0 if part == "row" else int(part[1:]))
+                name, value = "group", 0 if part == "row" else int(part[1:])
             else:
                 raise InputError(f"unknown part {part!r} of the quantization scheme {text!r}", remedy=_CHOICES)
-        return scheme
+            if name in said:
+                what = {"scale_dtype": "dtype of scales", "symmetric": "symmetry"}.get(name, name)
+                raise InputError(f"the quantization scheme {text!r} says its {what} twice", remedy=_CHOICES)
+            said[name] = value
+        return replace(scheme, **said)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         parts = [f"int{self.bits}", f"g{self.group}" if self.group else "row"]
@@ -103,13 +105,6 @@ class Scheme:
         """Bits that one weight of a row of `columns` takes, scales, zeros and padding included."""
         each = self.scale_dtype.itemsize * 8 * (1 if self.symmetric else 2)
         return (self.padded(columns) * self.bits + self.groups(columns) * each) / columns
-
-
-def _kind(part: str) -> str:
-    """What a part of a scheme's text says."""
-    if part in SCALES:
-        return "dtype of scales"
-    return "symmetry" if part in ("sym", "asym") else f"part {part!r}" if not re.match(r"row|g", part) else "group"
 
 
 _CHOICES = (

@@ -5,6 +5,7 @@ report = compile_for(kernel, "sm_90", {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -106,16 +107,9 @@ def compile_for(
 
 def products_in_flight(ttgir: str) -> int:
     """Asynchronous matrix products in Triton's last representation that no wait for all of them follows at once."""
-    waited = 0
-    pending = False
-    for line in ttgir.splitlines():
-        if re.search(r"warp_group_dot_wait\b", line):
-            if "pendings = 0" in line and pending:
-                waited += 1
-            pending = False
-        elif re.search(r"warp_group_dot\b", line):
-            pending = True
-    return len(re.findall(r"warp_group_dot\b(?!_)", ttgir)) - waited
+    # Each product, as "", and each wait, as how many products it lets run on.
+    events = re.findall(r"\bwarp_group_dot\b|\bwarp_group_dot_wait\b.*pendings = (\d+)", ttgir)
+    return sum(event == "" and after != "0" for event, after in itertools.pairwise([*events, ""]))
 
 
 def occupancy(target: str, warps: int, registers: int, shared: int) -> float:

@@ -38,12 +38,15 @@ def copies_beyond_the_cache(weight: TiledWeight) -> list[TiledWeight]:
     return [weight, *more]
 
 
-def what_is_wrong(results: Sequence[Tensor], want: Tensor) -> str:
-    """What is wrong with results of one product computed several times; empty if nothing is."""
+def what_is_wrong(results: Sequence[Tensor], want: Tensor, allowed: float = ALLOWED) -> str:
+    """What is wrong with results of one product computed several times, as text; empty if nothing is. ``allowed``: of
+    the largest output.
+    """
     if any(not torch.equal(result, results[0]) for result in results[1:]):
         return "its results differ from one run to the next"
-    error = float((results[0].float() - want).abs().max() / want.abs().max().clamp(min=torch.finfo(want.dtype).tiny))
-    return "" if error <= ALLOWED else f"its result is off by {error:.1%} of the largest output"
+    largest = want.abs().max().clamp(min=torch.finfo(want.dtype).tiny)
+    error = float((results[0].to(want.dtype) - want).abs().max() / largest)
+    return "" if error < allowed else f"its result is off by {error:.1%} of the largest output"
 
 
 def seconds_in_a_graph(products: Sequence[Callable[[], object]], replays: int = 20) -> float:

@@ -64,9 +64,9 @@ Returns the quantized weight, or None to leave it as it is. Called at the first 
 def run_calibrated(program: Program, matrices: Mapping[str, Matrix], calibration: Calibration, made: Made) -> None:
     """Run a step or forward program on the tokens until the last of `matrices` has been seen."""
     facts: dict[str, Any] = program.facts.get("capture", {})  # type: ignore[assignment]
-    highest = int(calibration.tokens.max())
-    if highest >= int(facts.get("vocab_size", highest + 1)) or int(calibration.tokens.min()) < 0:
-        wrong = highest if int(calibration.tokens.min()) >= 0 else int(calibration.tokens.min())
+    lowest, highest = (int(extreme) for extreme in calibration.tokens.aminmax())
+    if lowest < 0 or highest >= int(facts.get("vocab_size", highest + 1)):
+        wrong = lowest if lowest < 0 else highest
         raise InputError(
             f"calibration token {wrong} lies outside the vocabulary of {facts.get('vocab_size', '?')}",
             remedy="Encode the text with the model's own tokenizer.",
