@@ -26,10 +26,11 @@ from accelc.passes.closeness import allowed, comparable, computing_dtype, spread
 from accelc.passes.quantize.methods import METHODS
 from accelc.passes.quantize_weights import NONE, QuantizeWeights, is_automatic, quantization
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
-from accelc.program_cache import forget_programs, load_programs, store_programs
+from accelc.program_cache import folded_parameters, forget_programs, load_programs, store_programs
 from accelc.quantized_linear import QuantizedModule
 from accelc.runtime import cache_capacity
 from accelc.runtime.arguments import check_vocabulary, token_ids
+from accelc.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -140,14 +141,15 @@ def compile(
             inputs = example_inputs if verify else None
             step = step_pipeline(passes, disable).run(forward, require=weakest, verify=inputs)
             programs = {"step": step, "prefill": prefill_pipeline().run(step)}
+            step.facts["folded"] = sorted(folded_parameters(programs, forward))
         run_step = runner(step, backend, capacity, report)
         if check != "off":
             with report.stage("check"):
                 report.modes = check_step(forward, step, run_step, length=CHECK_LENGTH[check], capacity=capacity)
             if key is not None:
                 with report.stage("cache"):
-                    store_programs(key, programs, model, forward)
-    step = programs["step"]
+                    store_programs(key, programs, model, step.facts["folded"])
+    step = derived = programs["step"]
     if quantizing is not None:
         with report.stage("quantize"):
             step = Pipeline([quantizing]).run(step)
@@ -175,6 +177,7 @@ def compile(
         eos=eos if eos is not None else model_eos(model),
         device=device,
         tokenizer=tokenizer,
+        before_call=Watch(model, programs.values(), derived),
     )
 
 

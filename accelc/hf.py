@@ -7,7 +7,7 @@ the same: tokens, padding, scores, and with do_sample the same draws from torch'
 
 from __future__ import annotations
 
-import itertools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,22 @@ import torch
 from torch import Tensor
 
 import accelc
-from accelc.compiler import confirm
+from accelc.compiler import OPTIONS, confirm
 from accelc.decoder import CompiledDecoder
-from accelc.fingerprint import fingerprint as model_fingerprint
-from accelc.ir.errors import DTypeError, EmptyPromptError, GenerationModeError, NonFiniteLogitsError
+from accelc.fingerprint import fingerprint
+from accelc.ir.errors import (
+    DTypeError,
+    EmptyPromptError,
+    GenerationModeError,
+    NonFiniteLogitsError,
+    PromptTooLongError,
+    StreamerError,
+    unknown_options,
+)
 from accelc.runtime import Session
+from accelc.runtime.arguments import check_count
 from accelc.runtime.stream import TokenStreamer, call_streamer
+from accelc.watch import memory_of, tensors_of, version_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -38,9 +48,11 @@ def decode(
 ) -> CustomGenerate:
     """An object for `model.generate(custom_generate=...)`.
 
-    max_length: longest sequence the model is compiled for; None takes the call's own, rounded up to a power of two, so
-    that calls of similar length share one compilation. streamer: transformers streamer, given here because transformers
-    does not pass one on. options: for `accelc.compile`.
+    max_length: longest sequence the model is compiled for, and the most a call may ask for; None takes the call's own,
+    rounded up to a power of two, so that calls of similar length share one compilation. streamer: a transformers
+    streamer for every call, beside the one that a call brings. options: for `accelc.compile`.
+
+    Raises `UnknownOptionError`, `InputError`, `StreamerError`.
 
     The compiled decoder is kept with the model and made anew when a parameter, a buffer, an attribute of a submodule or
     its code has changed (what `accelc.fingerprint` sees). A model that has no fingerprint, because of a hook of its
@@ -49,6 +61,14 @@ def decode(
     if wrong:  # generate called this function itself
         raise GenerationModeError(
             "custom_generate is the function accelc.hf.decode", remedy="Call it: custom_generate=accelc.hf.decode()."
+        )
+    if unknown := options.keys() - set(OPTIONS):
+        raise unknown_options("accelc.hf.decode", unknown, ("streamer", *OPTIONS))
+    if max_length is not None:
+        check_count("max_length", max_length, least=2)
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise StreamerError(
+            f"{type(streamer).__name__} is no transformers streamer", remedy="Pass an object with put and end."
         )
     return CustomGenerate(max_length, streamer, options)
 
@@ -81,14 +101,43 @@ class CustomGenerate:
                 remedy="Pass the object as custom_generate= to model.generate; do not call it yourself.",
             )
         refuse_what_differs(model, generation_config, model_kwargs)
+        call = self._call_of_generate()
+        if call.get("assistant_model") is not None:
+            raise GenerationModeError("assistant_model", where="model.generate")
         prompts = unpad(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
-        wanted = max(self.max_length or 0, int(generation_config.max_length))
-        decoder = compiled(model, wanted, self.options, exact=self.max_length is not None)
+        wanted = int(generation_config.max_length)
+        if self.max_length is not None and wanted > self.max_length:
+            raise PromptTooLongError(
+                f"the call asks for sequences of up to {wanted} tokens, accelc.hf.decode for {self.max_length}",
+                remedy="Give decode a larger max_length or none, or generate a smaller max_new_tokens.",
+            )
+        decoder = compiled(model, self.max_length or wanted, self.options, exact=self.max_length is not None)
+        own, given = self.streamer, call.get("streamer")
+        if own is not None and own is not given:
+            call_streamer(own.put, input_ids.cpu())  # to the call's own streamer transformers has shown the prompt
+        streamers = list(dict.fromkeys(s for s in (own, given) if s is not None))
         with decoder.start(prompts) as session:
-            return self._loop(session, input_ids, logits_processor, stopping_criteria, generation_config)
+            return self._loop(session, input_ids, logits_processor, stopping_criteria, generation_config, streamers)
+
+    def _call_of_generate(self) -> dict[str, Any]:
+        """The arguments of the call of generate that runs this; empty where there is none. transformers passes neither
+        its streamer nor its assistant_model on to a custom_generate, which would lose them in silence.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_locals.get("custom_generate") is self and "streamer" in frame.f_locals:
+                return dict(frame.f_locals)
+            frame = frame.f_back
+        return {}
 
     def _loop(
-        self, session: Session, ids: Tensor, processor: Any, criteria: Any, config: GenerationConfig
+        self,
+        session: Session,
+        ids: Tensor,
+        processor: Any,
+        criteria: Any,
+        config: GenerationConfig,
+        streamers: list[TokenStreamer],
     ) -> Tensor | GenerateDecoderOnlyOutput:
         pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         pad = config._pad_token_tensor
@@ -97,7 +146,6 @@ class CustomGenerate:
         raw: tuple[Tensor, ...] | None = () if as_object and config.output_logits else None
         unfinished = torch.ones(len(ids), dtype=torch.int64, device=ids.device)
         logits = session.logits
-        self._stream("put", ids.cpu())
         while True:
             fresh = logits.to(device=ids.device, dtype=torch.float32, copy=True)  # [B, V]
             if not fresh.amax(-1).isfinite().all():
@@ -112,22 +160,20 @@ class CustomGenerate:
                 tokens = feed + pad.to(ids.device) * (1 - unfinished)
             ids = torch.cat([ids, tokens[:, None]], dim=-1)
             unfinished = unfinished & ~criteria(ids, scores)
-            self._stream("put", tokens.cpu())
+            for streamer in streamers:
+                call_streamer(streamer.put, tokens.cpu())
             if not unfinished.any():
                 break
             # Unchecked: the tokens come from the logits, and max_length is among the criteria.
             with session.alone():
                 logits = session.decode(feed)
-        self._stream("end")
+        for streamer in streamers:
+            call_streamer(streamer.end)
         if not as_object:
             return ids
         from transformers.generation import GenerateDecoderOnlyOutput
 
         return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=raw)
-
-    def _stream(self, part: str, *values: Tensor) -> None:
-        if self.streamer is not None:
-            call_streamer(getattr(self.streamer, part), *values)
 
 
 def pick(scores: Tensor, sample: bool) -> Tensor:
@@ -212,9 +258,8 @@ def compiled(
 ) -> CompiledDecoder:
     """The model's decoder for at least ``max_length`` tokens, compiled unless one is kept; one is kept per options."""
     cache: DecoderCache = model.__dict__.pop("_accelc_decoders", DecoderCache())  # not part of what is fingerprinted
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    key = model_fingerprint(model)
-    weights = (key, *(fingerprint(tensor) for tensor in tensors))
+    key = fingerprint(model)
+    weights = (key, *((memory_of(tensor), version_of(tensor)) for _, tensor in tensors_of(model)))
     model.__dict__["_accelc_decoders"] = cache
     cache[:] = [entry for entry in cache if entry.weights == weights]
     for entry in cache:
@@ -237,9 +282,3 @@ def bucket(model: PreTrainedModel, length: int) -> int:
     rounded = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return rounded if not isinstance(limit, int) else min(rounded, max(limit, length))
-
-
-def fingerprint(parameter: Tensor) -> tuple[object, ...]:
-    """Changes when a parameter is replaced, moved or written in place (writes through ``.data`` cannot be seen)."""
-    version = 0 if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, tuple(parameter.shape)

@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from accelc.fingerprint import tensor_digest
 from accelc.ir import Program
 from accelc.ir.errors import InputError, ProgramFormatError
 from accelc.ir.serial import dumps, loads
+from accelc.watch import storage_of, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def load_programs(key: str, model: nn.Module) -> dict[str, Program] | None:
     folder = _folder(key)
     try:
         manifest = _read_manifest(folder)
-        own = _tensors_of(model)
+        own = dict(tensors_of(model))
         if any(tensor_digest(own[name], name) != digest for name, digest in manifest["values"].items()):
             return None
         files = {name: _verified(folder / name, digest) for name, digest in manifest["files"].items()}
@@ -79,9 +80,10 @@ def load_programs(key: str, model: nn.Module) -> dict[str, Program] | None:
 
 
 def store_programs(
-    key: str, programs: Mapping[str, Program], model: nn.Module, forward: Program, *, limit: int = LIMIT
+    key: str, programs: Mapping[str, Program], model: nn.Module, folded: Collection[str], *, limit: int = LIMIT
 ) -> bool:
-    """Store the programs derived from `forward`, which was captured from `model`; whether that was possible.
+    """Store the programs derived from `model`, whose tensors `folded` (see `folded_parameters`) may be in their tables;
+    whether that was possible.
 
     Safe under concurrent processes: an entry appears as a whole. What cannot be stored, or a disk that is full or not
     writable, is a notice in the log and no error.
@@ -89,7 +91,7 @@ def store_programs(
     folder = _folder(key)
     scratch = folder.with_name(f".{uuid.uuid4().hex}")
     try:
-        files, manifest = _entry(programs, model, forward)
+        files, manifest = _entry(programs, model, folded)
         scratch.mkdir(parents=True)
         for name, content in files.items():
             (scratch / name).write_bytes(content)
@@ -136,23 +138,33 @@ def folded_parameters(programs: Mapping[str, Program], forward: Program) -> set[
     """Paths of the tensors of `forward` whose values can be in the tables of the programs derived from it.
 
     Those that a program does not read any more, and those that an operation reads which does not depend on the tokens:
-    it may have been evaluated, although the tensor is also read elsewhere.
+    it may have been evaluated, although the tensor is also read elsewhere. A view of a tensor counts as that tensor.
     """
-    read = [{_storage(t) for t in program.tensors().values()} for program in programs.values()]
-    found = {path for path, t in forward.tensors().items() if not all(_storage(t) in r for r in read)}
+    read = [{storage_of(t) for t in program.tensors().values()} for program in programs.values()]
+    found = {path for path, t in forward.tensors().items() if not all(storage_of(t) in r for r in read)}
     dependent = set(forward.placeholders())
+    viewed = {node: str(node.target) for node in forward.graph.nodes if node.op == "get_attr"}
     for node in forward.graph.nodes:
         if node.op != "call_function":
             continue
         holds_data = not isinstance(node.meta.get("val"), _SIZES) and not _reads_shape_only(node.target)
+        sources = {viewed[n] for n in node.all_input_nodes if n in viewed}
         if holds_data and dependent.intersection(node.all_input_nodes):
             dependent.add(node)
+        elif len(sources) == 1 and _is_view(node.target):
+            viewed[node] = sources.pop()
         else:
-            found |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+            found |= sources
     return found
 
 
 _SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _is_view(target: Any) -> bool:
+    """Whether an operator returns memory of its argument and writes nothing."""
+    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    return any(r.alias_info and not r.alias_info.is_write for r in returns)
 
 
 def _reads_shape_only(target: Any) -> bool:
@@ -165,13 +177,13 @@ def _reads_shape_only(target: Any) -> bool:
 
 
 def _entry(
-    programs: Mapping[str, Program], model: nn.Module, forward: Program
+    programs: Mapping[str, Program], model: nn.Module, folded: Collection[str]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files of an entry and its manifest."""
-    own = _tensors_of(model)
+    own = dict(tensors_of(model))
     names: dict[int, list[str]] = {}
     for name, tensor in own.items():
-        names.setdefault(_storage(tensor), []).append(name)
+        names.setdefault(storage_of(tensor), []).append(name)
     files: dict[str, bytes] = {}
     tables: dict[Any, Tensor] = {}
     listed = []
@@ -184,10 +196,9 @@ def _entry(
         raise ProgramFormatError(f"their tables take {size} bytes, more than {MAX_TABLES}")
     plain = {str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(tables.values())}
     files[_TABLES] = save_tensors(plain)
-    paths = folded_parameters(programs, forward)
-    folded = {_storage(t) for path, t in forward.tensors().items() if path in paths}
+    storages = {storage_of(own[name]) for name in folded if name in own}
     parameters = dict(model.named_parameters())
-    values = {name: tensor_digest(t, name) for name, t in parameters.items() if _storage(t) in folded}
+    values = {name: tensor_digest(t, name) for name, t in parameters.items() if storage_of(t) in storages}
     digests = {name: _digest(content) for name, content in files.items()}
     return files, {"programs": listed, "files": digests, "values": values}
 
@@ -200,13 +211,13 @@ def _source(
     tables: dict[Any, Tensor],
 ) -> dict[str, Any]:
     """Where a tensor of a program comes from: the model, a view of one of its, or a table (then added to `tables`)."""
-    owners = names.get(_storage(tensor), [])
+    owners = names.get(storage_of(tensor), [])
     if owners:
         owner = path if path in owners else owners[0]
         if own[owner].dtype != tensor.dtype:
             raise ProgramFormatError(f"{path} reads {owner} as {tensor.dtype}")
         return {"model": owner, "of": _geometry(own[owner]), "view": _geometry(tensor)}
-    identity = (_storage(tensor), tensor.dtype, str(_geometry(tensor)))
+    identity = (storage_of(tensor), tensor.dtype, str(_geometry(tensor)))
     tables.setdefault(identity, tensor)
     return {"table": str(list(tables).index(identity)), "device": str(tensor.device)}
 
@@ -223,16 +234,6 @@ def _bind(source: dict[str, Any], own: Mapping[str, Tensor], tables: Mapping[str
 
 def _geometry(tensor: Tensor) -> list[Any]:
     return [list(tensor.shape), list(tensor.stride()), tensor.storage_offset()]
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by every name it has."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return dict(named)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

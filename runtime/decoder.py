@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -30,6 +30,7 @@ class Decoder:
     included. chunk: most tokens one step takes. capacity: slots of the states' time axis (default: `cache_capacity`).
     max_batch: None for any. vocab_size: None learns it from the logits of one step at the first call. eos: token id or
     ids that end a row. tokenizer: default for texts and stop strings, an object with ``decode(ids)`` or a callable.
+    before_call: called first by each call; raises when the decoder must not be used any more.
 
     Calls from several threads wait for each other. Any error, KeyboardInterrupt included, leaves the decoder usable.
     """
@@ -49,6 +50,7 @@ class Decoder:
         eos: int | Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         tokenizer: Tokenizer | Decode | None = None,
+        before_call: Callable[[], None] | None = None,
     ) -> None:
         self.steps = Steps(
             decode=decode,
@@ -67,6 +69,7 @@ class Decoder:
         if vocab_size is not None:
             check_vocabulary("eos", self.eos, vocab_size)
         self.tokenizer = tokenizer
+        self._before_call = before_call
         self._vocab_size = vocab_size
         self._pool = StatePool(self.steps)
         # Re-entrant: a streamer may call the decoder that is calling it. Calls never share states, so that is safe.
@@ -165,6 +168,9 @@ class Decoder:
         )
 
     def _read(self, prompt: Prompt) -> list[torch.Tensor]:
+        """The checked rows of a prompt: what every call begins with."""
+        if self._before_call is not None:
+            self._before_call()
         return read_prompts(prompt, vocab_size=self.vocab_size, max_length=self.max_length, max_batch=self.max_batch)
 
     def _session(self, batch: int) -> Session:

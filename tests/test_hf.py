@@ -17,7 +17,15 @@ from transformers.generation.streamers import BaseStreamer
 
 import accelc
 from accelc import hf
-from accelc.ir.errors import EmptyPromptError, GenerationModeError, NonFiniteLogitsError, StreamerError
+from accelc.ir.errors import (
+    EmptyPromptError,
+    GenerationModeError,
+    InputError,
+    NonFiniteLogitsError,
+    PromptTooLongError,
+    StreamerError,
+    UnknownOptionError,
+)
 from accelc.ir.state import StateSpec
 from accelc.runtime import Decoder
 
@@ -243,6 +251,41 @@ def test_the_owned_streamer(llama):
     assert torch.equal(*both(llama, inputs, max_new_tokens=5, do_sample=False))
 
 
+def test_the_streamer_of_the_call(llama):
+    """transformers shows it the prompt and then forgets it."""
+    mine, owned, theirs = Recorder(), Recorder(), Recorder()
+    call = {"input_ids": prompt(), "max_new_tokens": 5, "do_sample": False}
+    llama.generate(**call, streamer=theirs)
+    llama.generate(**call, streamer=mine, custom_generate=hf.decode(streamer=owned))
+    assert mine.values == owned.values == theirs.values
+    assert mine.ended == owned.ended == 1
+    llama.generate(**call, streamer=mine, custom_generate=hf.decode(streamer=mine))  # twice the same is one
+    assert mine.values == theirs.values * 2
+    with pytest.raises(StreamerError, match="closed"):
+        llama.generate(**call, streamer=Recorder(fail=True), custom_generate=hf.decode())
+
+
+def test_an_assistant_is_refused(llama):
+    with pytest.raises(GenerationModeError, match="assistant_model"):
+        llama.generate(prompt(), assistant_model=llama, max_new_tokens=4, custom_generate=hf.decode())
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"streamer": print}, StreamerError),
+        ({"max_length": "x"}, InputError),
+        ({"max_length": True}, InputError),
+        ({"max_length": 1}, InputError),
+        ({"quantise": "int8"}, UnknownOptionError),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_named_at_once(options, error):
+    with pytest.raises(error):
+        hf.decode(**options)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -303,8 +346,8 @@ def test_one_compilation_serves_calls_of_similar_length(llama, compilations):
     assert compilations[1:] == [(128, {"quantize": "int8"})]
     run(7, 4, max_length=40, quantize="int4")
     assert compilations[2:] == [(40, {"quantize": "int4"})]
-    run(50, 4, max_length=40, quantize="int4")
-    assert compilations[3:] == [(54, {"quantize": "int4"})]
+    with pytest.raises(PromptTooLongError, match="up to 54 tokens"):
+        run(50, 4, max_length=40, quantize="int4")
     llama.config.max_position_embeddings = 4096
     assert [hf.bucket(llama, n) for n in (3, 256, 600, 4000, 5000)] == [256, 256, 1024, 4096, 5000]
 

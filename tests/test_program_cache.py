@@ -73,7 +73,7 @@ def forward_of(model: Small) -> Program:
 
 def store_small(model: Small, key: str = KEY, **options: int) -> Program:
     program = program_of(model, model.offset.detach() * 2)
-    assert store_programs(key, {"step": program}, model, forward_of(model), **options)
+    assert store_programs(key, {"step": program}, model, ["offset"], **options)
     return program
 
 
@@ -176,7 +176,7 @@ def test_large_tables_are_not_stored(monkeypatch: pytest.MonkeyPatch, caplog: py
     monkeypatch.setattr(program_cache, "MAX_TABLES", 8 * 4 * 4 - 1)
     model = Small()
     program = program_of(model, model.offset.detach() * 2)
-    assert not store_programs(KEY, {"step": program}, model, forward_of(model))
+    assert not store_programs(KEY, {"step": program}, model, ["offset"])
     assert "are not cached" in caplog.text
     monkeypatch.setattr(program_cache, "MAX_TABLES", 8 * 4 * 4)
     store_small(model)
@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_written_is_a_notice(tmp_path, monkeypatch, caplo
     monkeypatch.setenv("ACCELC_CACHE_DIR", str(tmp_path / "file"))
     model = Small()
     program = program_of(model, model.offset.detach() * 2)
-    assert not store_programs(KEY, {"step": program}, model, forward_of(model))
+    assert not store_programs(KEY, {"step": program}, model, ["offset"])
     assert "are not cached" in caplog.text
     assert load_programs(KEY, model) is None
 
@@ -253,7 +253,7 @@ def test_derived_programs_of_a_second_instance_run_identically(family: str) -> N
     forward = capture(model, max_length=32)
     step = step_pipeline().run(forward)
     programs = {"step": step, "prefill": prefill_pipeline().run(step)}
-    assert store_programs(key, programs, model, forward)
+    assert store_programs(key, programs, model, folded_parameters(programs, forward))
 
     again = library.build(family)
     assert fingerprint(again, max_length=32) == key

@@ -224,6 +224,14 @@ class SessionClosedError(AccelcError):
     remedy = "Start another one with decoder.start(prompts)."
 
 
+class StaleDecoderError(AccelcError):
+    """The model of a decoder got other weights than it decodes with; names the first of them."""
+
+    remedy = (
+        "Compile the model again: accelc.compile(model, ...), which is quick where its programs still fit."
+    )
+
+
 class NonFiniteLogitsError(AccelcError):
     """The model produced NaN or infinite logits."""
 
