@@ -7,6 +7,7 @@ because the step is derived from them (docs/design.md, 'Capture').
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,10 +31,11 @@ from accelc.capture_failure import (
     source_of,
 )
 from accelc.checkpoints import load_checkpoint, quantization_of
+from accelc.input_vocabulary import input_vocab_size
 from accelc.ir.compat import mask_hint_unasked
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
 from accelc.ir.program import Program, graph_module, store
-from accelc.passes.closeness import allowed, differences, spread
+from accelc.passes.closeness import TOLERANCES, allowed, differences, spread
 
 MAX_BATCH = 1 << 16
 EXAMPLE = (2, 7)
@@ -64,10 +66,16 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
         except NoLogitsError:
             raise
         except Exception as error:  # a model may raise anything
-            raise forward_error(error, model, f"on token ids {list(EXAMPLE)}") from error
+            raise forward_error(error, model, f"on token ids {list(EXAMPLE)}", _remedy_for(model)) from error
         if logits.dim() != 3 or logits.shape[:2] != example.shape:
             raise NoLogitsError(
                 f"the forward of {type(model).__name__} maps ids {list(EXAMPLE)} to a tensor {list(logits.shape)}"
+            )
+        if logits.dtype not in TOLERANCES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCES)
+            raise NoLogitsError(
+                f"the forward of {type(model).__name__} returns {logits.dtype}, and logits are floating-point scores",
+                remedy=f"Return scores [B, T, V] in one of {known}.",
             )
         exported = _export(wrapper, example.new_zeros(TRACED), max_length)
         if not _is_functional(exported.graph):
@@ -80,12 +88,20 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
     program.facts["capture"] = {
         "model": type(model).__name__,
         "vocab_size": int(logits.shape[-1]),
+        "input_vocab_size": input_vocab_size(module, int(logits.shape[-1])),
         "max_length": max_length,
         "device": str(device),
         "dtype": str(logits.dtype),
     }
     _check_captured(program, example, logits)
     return program
+
+
+def _remedy_for(model: nn.Module) -> str:
+    """What to do about a forward that does not even run."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "An encoder-decoder model computes logits from two inputs; only decoder-only models have a derived step."
+    return ""
 
 
 def _check_captured(program: Program, example: Tensor, logits: Tensor) -> None:
@@ -95,7 +111,7 @@ def _check_captured(program: Program, example: Tensor, logits: Tensor) -> None:
     found = differences(program.run(example)[0], logits)
     difference = float(found.nan_to_num(0.0).max())  # NaN is reported by the check
     model = program.facts["capture"]["model"]  # type: ignore[index]
-    if difference > allowed(logits.dtype) * spread(logits.nan_to_num(0.0)):
+    if difference > allowed(logits.dtype) * spread(logits.nan_to_num(0.0, posinf=0.0, neginf=-math.inf)):
         raise CaptureError(
             f"the graph of {model} gives other logits than its forward did for the same ids: they differ by "
             f"{difference:.1e}",

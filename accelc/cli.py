@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,16 +101,22 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt with the model in a directory; the text streams to standard output."""
+    from accelc.ir.errors import EmptyPromptError
     from accelc.runtime.text import encode
 
     with _named_errors():
         sampling = accelc.SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
+        if sampling.greedy and (seed is not None or top_k or top_p != 1 or min_p):
+            notice = "At temperature 0 the likeliest token is taken: the seed and the filters have no effect."
+            errors.print(notice, soft_wrap=True)
         decoder = _compiled(model, max_length, dtype, quantize, eager)
         if report:
-            errors.print(decoder.renderable())
+            errors.print(decoder.renderable(), width=None if errors.is_terminal else 120)
         text = sys.stdin.read() if prompt in (None, "-") else prompt
+        if not text:
+            raise EmptyPromptError("the prompt is empty", remedy='Give --prompt "some text", or pipe text in.')
         ids = encode(decoder.tokenizer, text)
         with decoder.stream(
             [ids], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_strings=tuple(stop or ())
@@ -238,8 +245,13 @@ def passes() -> None:
     for name in known_passes():
         cls = find_pass(name)
         exactness = cls.exactness if not isinstance(cls.exactness, property) else "depends on its options"
-        table.add_row(name, str(exactness), (cls.__doc__ or "").strip().splitlines()[0])
+        table.add_row(name, str(exactness), _first_sentence(cls.__doc__ or ""))
     Console().print(table)
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
 
 
 def _compiled(model: Path, max_length: int | None, dtype: str | None, quantize: str | None, eager: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -22,7 +23,14 @@ from accelc.ir import Exactness, Program
 from accelc.ir.errors import CheckError, ExactnessError, InputError, unknown_options
 from accelc.passes import Pass, Pipeline
 from accelc.passes.check_step import check_step
-from accelc.passes.closeness import allowed, comparable, computing_dtype, spread
+from accelc.passes.closeness import (
+    allowed,
+    comparable,
+    computing_dtype,
+    has_peaks,
+    spread,
+    what_is_not_finite,
+)
 from accelc.passes.quantize.methods import METHODS
 from accelc.passes.quantize_weights import NONE, QuantizeWeights, is_automatic, quantization
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
@@ -30,7 +38,7 @@ from accelc.program_cache import folded_parameters, forget_programs, load_progra
 from accelc.quantized_linear import QuantizedModule
 from accelc.runtime import cache_capacity
 from accelc.runtime.arguments import check_vocabulary, token_ids
-from accelc.watch import Watch
+from accelc.watch import Watch, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +110,16 @@ def compile(
         model, quantizing = load_model_for(model, quantizing)
         read = sum(isinstance(module, QuantizedModule) for module in model.modules())
     if not isinstance(model, nn.Module):
-        raise InputError(f"expected a torch.nn.Module or a directory, got {type(model).__name__}")
+        raise InputError(
+            f"expected a torch.nn.Module or a directory, got {type(model).__name__}",
+            remedy="Pass the model, or the path of a directory written by save_pretrained.",
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        raise InputError(
+            f"autocast is on for {device.type}, and a graph does not record what it casts",
+            remedy="Compile outside of autocast; for half precision convert the model: model.to(torch.bfloat16).",
+        )
     length = max_length if max_length is not None else default_length(model)
     chunk = min(chunk, length)
     capacity = cache_capacity(length, chunk)
@@ -111,7 +128,6 @@ def compile(
         report.notices.append(f"{read} linears and tables of the directory are in few bits since they were read")
     if backend == "native":
         prepare()  # the compiler, where it is needed, runs beside capture
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type != "cpu" and backend == "native":
         report.notices.append(f"the native backend is for CPUs; the step runs node by node on {device}")
         backend = "eager"
@@ -174,6 +190,7 @@ def compile(
         capacity=capacity,
         max_batch=max_batch,
         vocab_size=int(facts["vocab_size"]),
+        input_vocab_size=int(facts["input_vocab_size"]),
         eos=eos if eos is not None else model_eos(model),
         device=device,
         tokenizer=tokenizer,
@@ -182,9 +199,13 @@ def compile(
 
 
 def confirm(model: nn.Module, step: Program, run: Callable[..., Any], capacity: int) -> bool:
-    """Whether a cached step computes the logits of the model as it is now, for five tokens in two chunks."""
+    """Whether a cached step computes the logits of the model as it is now, for five tokens in two chunks. Raises
+    NonFiniteLogitsError where those are no numbers.
+    """
     tokens = confirming_tokens(step)
     expected = comparable(forward_logits(model, tokens))
+    if not has_peaks(expected):
+        raise what_is_not_finite(dict(tensors_of(model)))
     difference = float((run_in_chunks(step, run, tokens, capacity) - expected).abs_().max())
     return difference <= allowed(computing_dtype(step)) * spread(expected)  # NaN is no agreement
 
@@ -206,7 +227,7 @@ def confirm_compiled(step: Program, run: Callable[..., Any], capacity: int, acti
 
 def confirming_tokens(step: Program) -> torch.Tensor:
     """Five random tokens [1, 5]."""
-    vocabulary = int(step.facts["capture"]["vocab_size"])  # type: ignore[index]
+    vocabulary = int(step.facts["capture"]["input_vocab_size"])  # type: ignore[index]
     return torch.randint(0, vocabulary, (1, 5), generator=torch.Generator().manual_seed(1)).to(step.device)
 
 
@@ -251,7 +272,7 @@ def runner(
 ) -> Callable[..., Any]:
     """What runs a program: its compiled form, or its graph node by node."""
     if backend == "eager":
-        return program.run
+        return functools.partial(run_as_written, program)
     sizes = {"tokens": (1, 1), "positions": (1, 1), "lengths": (1,), "last": (1,)}
     examples = [torch.zeros(sizes[name], dtype=torch.int64) for name in program.inputs]
     examples += [torch.empty(spec.sizes(1, capacity), dtype=spec.dtype, device="meta") for spec in program.states]
@@ -261,6 +282,12 @@ def runner(
         compiled: CompiledStep = compile_program(program.module, examples, options=options)
     report.compiled[program.name] = compiled.report
     return compiled
+
+
+def run_as_written(program: Program, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Run a program node by node, whatever autocast the caller is in."""
+    with torch.autocast(program.device.type, enabled=False):
+        return program.run(*inputs)
 
 
 def default_length(model: nn.Module) -> int:

@@ -77,12 +77,10 @@ class CompiledDecoder(Decoder):
             title=f"caches: {sum(s.bytes_per_token() for s in step.states)} bytes a token", title_justify="left"
         )
         for column in ("state", "cached value", "shape", "dtype", "bytes a token"):
-            caches.add_column(column)
+            caches.add_column(column, overflow="fold")
         for spec in step.states:
-            shape = ", ".join(map(str, spec.shape))
-            caches.add_row(
-                spec.name, spec.origin, f"[{shape}]".replace("[", r"\["), str(spec.dtype), str(spec.bytes_per_token())
-            )
+            shape, dtype = ", ".join(map(str, spec.shape)), str(spec.dtype).removeprefix("torch.")
+            caches.add_row(spec.name, spec.origin, f"[{shape}]".replace("[", r"\["), dtype, str(spec.bytes_per_token()))
         times = Table(title="seconds", title_justify="left")
         for name in self.report.seconds:
             times.add_column(name, justify="right")

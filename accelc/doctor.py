@@ -57,7 +57,8 @@ def _versions() -> str:
 
 
 def _processor() -> str:
-    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def _compiler() -> str:

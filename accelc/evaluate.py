@@ -13,6 +13,7 @@ from torch import Tensor
 
 from accelc.ir.errors import InputError
 from accelc.runtime import Decoder
+from accelc.runtime.prompts import check_range
 
 WINDOW = 1024
 """Longest window that is chosen by itself."""
@@ -65,6 +66,7 @@ def perplexity(
         raise InputError(f"a stride of {stride} for a window of {window}", remedy="Give one below the window.")
     if len(ids) < 2:
         raise InputError(f"a text of {len(ids)} tokens has nothing to predict", remedy="Give a longer text.")
+    check_range(ids, decoder.vocab_size, "the text")
     spans = list(_spans(len(ids), window, stride))
     total, count = 0.0, 0
     for index, (begin, end, first) in enumerate(spans):

@@ -46,7 +46,7 @@ def prefill_pipeline() -> Pipeline:
 def example_inputs(program: Program) -> list[Tensor]:
     """Inputs to compare a forward or a step with the one before a pass: two rows, the step's after five tokens."""
     facts: dict[str, object] = program.facts["capture"]  # type: ignore[assignment]
-    length, vocabulary = min(9, int(facts["max_length"])), int(facts["vocab_size"])  # type: ignore[call-overload]
+    length, vocabulary = min(9, int(facts["max_length"])), int(facts["input_vocab_size"])  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (2, length), generator=generator)
     if "lengths" not in program.inputs:

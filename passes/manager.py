@@ -154,9 +154,9 @@ def report(program: Program) -> Table:
     for column in ("matches", "ms"):
         table.add_column(column, justify="right")
     for column in ("guarantee", "options", "notes"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for record in program.history:
-        options = ", ".join(f"{k}={v!r}" for k, v in record.options.items())
+        options = "\n".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in record.options.items())
         table.add_row(
             record.name,
             str(record.matches),

@@ -22,7 +22,7 @@ LENGTH, SUSPECTED_LENGTH = 64, 1024
 
 def draw_tokens(forward: Program, batch: int, length: int, generator: torch.Generator) -> Tensor:
     """Random tokens [B, T] in which ids that the forward treats apart (padding, image tokens ...) are frequent."""
-    vocabulary = int(forward.facts["capture"]["vocab_size"])  # type: ignore[index]
+    vocabulary = int(forward.facts["capture"]["input_vocab_size"])  # type: ignore[index]
     tokens = torch.randint(0, vocabulary, (batch, length), generator=generator)
     special = torch.tensor(sorted(i for i in compared_ids(forward) if 0 <= i < vocabulary), dtype=torch.int64)
     if len(special):
@@ -74,7 +74,7 @@ def rounding_noise(forward: Program, tokens: Tensor, expected: Tensor, generator
 def changed_tokens(forward: Program, tokens: Tensor) -> Tensor:
     """Other tokens [B, T] in the second half."""
     cut = tokens.shape[1] // 2
-    vocabulary = int(forward.facts["capture"]["vocab_size"])  # type: ignore[index]
+    vocabulary = int(forward.facts["capture"]["input_vocab_size"])  # type: ignore[index]
     return torch.cat([tokens[:, :cut], (tokens[:, cut:] + 1) % vocabulary], dim=1)
 
 

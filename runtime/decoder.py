@@ -28,8 +28,9 @@ class Decoder:
 
     decode, many, prefill: see `Steps`. states: one spec per state argument. max_length: tokens of a sequence, prompt
     included. chunk: most tokens one step takes. capacity: slots of the states' time axis (default: `cache_capacity`).
-    max_batch: None for any. vocab_size: None learns it from the logits of one step at the first call. eos: token id or
-    ids that end a row. tokenizer: default for texts and stop strings, an object with ``decode(ids)`` or a callable.
+    max_batch: None for any. vocab_size: None learns it from the logits of one step at the first call. input_vocab_size:
+    how many ids the model reads, where that is another number. eos: token id or ids that end a row. tokenizer: default
+    for texts and stop strings, an object with ``decode(ids)`` or a callable.
     before_call: called first by each call; raises when the decoder must not be used any more.
 
     Calls from several threads wait for each other. Any error, KeyboardInterrupt included, leaves the decoder usable.
@@ -47,6 +48,7 @@ class Decoder:
         capacity: int | None = None,
         max_batch: int | None = None,
         vocab_size: int | None = None,
+        input_vocab_size: int | None = None,
         eos: int | Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         tokenizer: Tokenizer | Decode | None = None,
@@ -70,7 +72,7 @@ class Decoder:
             check_vocabulary("eos", self.eos, vocab_size)
         self.tokenizer = tokenizer
         self._before_call = before_call
-        self._vocab_size = vocab_size
+        self._vocab_size, self._input_vocab_size = vocab_size, input_vocab_size
         self._pool = StatePool(self.steps)
         # Re-entrant: a streamer may call the decoder that is calling it. Calls never share states, so that is safe.
         self._lock = threading.RLock()
@@ -82,11 +84,16 @@ class Decoder:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids; learned by running one step where it was not given."""
+        """Number of token ids that the model scores; learned by running one step where it was not given."""
         if self._vocab_size is None:
             with self._lock, torch.inference_mode(), Session(self.steps, self._pool, self._lock, None, 1) as probe:
                 self._vocab_size = probe.decode(torch.zeros(1, dtype=torch.int64, device=self.steps.device)).shape[-1]
         return self._vocab_size
+
+    @property
+    def input_vocab_size(self) -> int:
+        """Number of token ids that the model reads: what prompts may hold."""
+        return self.vocab_size if self._input_vocab_size is None else self._input_vocab_size
 
     def generate(
         self,
@@ -171,10 +178,12 @@ class Decoder:
         """The checked rows of a prompt: what every call begins with."""
         if self._before_call is not None:
             self._before_call()
-        return read_prompts(prompt, vocab_size=self.vocab_size, max_length=self.max_length, max_batch=self.max_batch)
+        return read_prompts(
+            prompt, vocab_size=self.input_vocab_size, max_length=self.max_length, max_batch=self.max_batch
+        )
 
     def _session(self, batch: int) -> Session:
-        return Session(self.steps, self._pool, self._lock, self.vocab_size, batch)
+        return Session(self.steps, self._pool, self._lock, self.input_vocab_size, batch)
 
     def _prepare(
         self,

@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from accelc.ir.errors import NonFiniteLogitsError
+from accelc.ir.errors import NonFiniteLogitsError, TokenRangeError
 from accelc.runtime.result import GenerateResult, Statistics, TokenEvent
 from accelc.runtime.sampling import SamplingParams
 from accelc.runtime.selection import selector
@@ -100,6 +100,8 @@ class Generation:
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
         retired = False
+        taken = session.input_vocab_size
+        readable = taken if taken is not None and taken < logits.shape[-1] else None
         while True:
             tokens = select(logits)
             ended = False
@@ -117,10 +119,24 @@ class Generation:
                 retired = True
                 if not active:
                     return
-            if retired:
-                tokens = [max(token, 0) for token in tokens]  # padding of ended rows may be -1
+            if readable is not None:
+                self._require_readable(active, tokens, readable)
+            if retired:  # what ended rows would have chosen may be -1, or no token that the model reads
+                tokens = [0 if row.finish is not None else token for row, token in zip(self.rows, tokens)]
             logits = session.decode(tokens)
             self.steps += 1
+
+    @staticmethod
+    def _require_readable(rows: list[Row], tokens: list[int], readable: int) -> None:
+        """Raise `TokenRangeError` for a token that the model scores but has no embedding for."""
+        for row in rows:
+            if tokens[row.index] >= readable:
+                raise TokenRangeError(
+                    f"the model chose token {tokens[row.index]}, and reads tokens below {readable} alone",
+                    where=f"row {row.index}, new token {len(row.tokens) - 1}",
+                    remedy="Its output layer is wider than its embedding: make them equal, or end rows at such tokens "
+                    "(stop_tokens).",
+                )
 
     def result(self) -> GenerateResult:
         """Everything so far; rows that go on count as cancelled."""

@@ -166,6 +166,8 @@ def _tensor(array: np.ndarray[Any, Any], where: str = "") -> Tensor:
 def _integers(ids: Tensor, where: str = "") -> Tensor:
     if ids.dtype not in ID_DTYPES:
         raise DTypeError(f"token ids of dtype {ids.dtype}", where=where)
+    if ids.layout is not torch.strided:
+        raise InputError(f"token ids of layout {ids.layout}", where=where, remedy="Pass ids.to_dense().")
     if ids.is_meta:
         raise InputError("token ids on the meta device have no values", where=where, remedy="Give the ids themselves.")
     return ids.detach().to("cpu", torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir.errors import InputError
+from accelc.runtime.arguments import is_integer
 from accelc.runtime.stopping import FinishReason
 
 
@@ -49,11 +51,13 @@ class Statistics:
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else float("nan")
 
     def __str__(self) -> str:
+        prefill, decode = self.prefill_tokens_per_second, self.decode_tokens_per_second
         return (
-            f"prompt {self.prompt_tokens} tokens, prefill {self.prefill_seconds * 1e3:.1f} ms "
-            f"({self.prefill_tokens_per_second:.0f} tok/s), first token {self.first_token_seconds * 1e3:.1f} ms\n"
-            f"new {self.new_tokens} tokens in {self.steps} steps, {self.total_seconds * 1e3:.1f} ms "
-            f"({self.decode_tokens_per_second:.1f} tok/s decoding)"
+            f"prompt {self.prompt_tokens} tokens, prefill {self.prefill_seconds * 1e3:.1f} ms"
+            + ("" if math.isnan(prefill) else f" ({prefill:.0f} tok/s)")
+            + f", first token {self.first_token_seconds * 1e3:.1f} ms\n"
+            f"new {self.new_tokens} tokens in {self.steps} steps, {self.total_seconds * 1e3:.1f} ms"
+            + ("" if math.isnan(decode) else f" ({decode:.1f} tok/s decoding)")
         )
 
 
@@ -81,6 +85,8 @@ class GenerateResult:
         """All rows as one int64 tensor [B, longest]: sequences, or new tokens alone without ``prompt``."""
         if side not in ("left", "right"):
             raise InputError(f"side is {side!r}", remedy="Use 'left' or 'right'.")
+        if not is_integer(pad_id):
+            raise InputError(f"pad_id is {pad_id!r}", remedy="Give an integer, such as the tokenizer's pad_token_id.")
         rows = self.sequences if prompt else self.tokens
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
 

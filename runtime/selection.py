@@ -86,7 +86,7 @@ class Sampler:
         self._penalty = column("repetition_penalty")
         self._seen = torch.zeros(like.shape, dtype=torch.bool, device=device)
         for row, prompt in enumerate(prompts):
-            self._seen[row, prompt.to(device)] = True
+            self._seen[row, prompt[prompt < like.shape[-1]].to(device)] = True
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._uniforms = torch.empty(0)  # [B, DRAWS] float64
         self._drawn = DRAWS

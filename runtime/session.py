@@ -51,11 +51,12 @@ class Session:
     """
 
     def __init__(
-        self, steps: Steps, pool: StatePool, lock: threading.RLock, vocab_size: int | None, batch: int
+        self, steps: Steps, pool: StatePool, lock: threading.RLock, input_vocab_size: int | None, batch: int
     ) -> None:
         self.steps = steps
         self.batch = batch
-        self._pool, self._lock, self._vocab_size = pool, lock, vocab_size
+        self._pool, self._lock = pool, lock
+        self.input_vocab_size = input_vocab_size
         self._lease: tuple[Tensor, ...] | None = pool.take(batch)
         self._states = tuple(state[:batch] for state in self._lease)
         device = steps.device
@@ -262,8 +263,8 @@ class Session:
             state.masked_fill_((slots >= lengths[:, None]).reshape(shape), 0.0)
 
     def _check_ids(self, ids: Tensor, where: str) -> None:
-        if self._vocab_size is not None:
-            check_range(ids, self._vocab_size, where)
+        if self.input_vocab_size is not None:
+            check_range(ids, self.input_vocab_size, where)
 
     def _check_room(self, counts: Sequence[int]) -> None:
         if len(counts) != self.batch:

@@ -64,6 +64,18 @@ def test_errors_are_named_without_a_traceback(saved: Path, arguments: list[str],
     assert "Traceback" not in result.output
 
 
+def test_an_empty_input_and_settings_without_effect_are_told(saved: Path) -> None:
+    result = runner.invoke(app, ["generate", str(saved), "--eager"], input="")
+    assert result.exit_code == 1
+    assert "pipe text in" in result.output
+    result = runner.invoke(
+        app, ["generate", str(saved), "--prompt", "w05", "--eager", "--seed", "3", "--max-new-tokens", "1", "--report"]
+    )
+    assert "have no effect" in result.output
+    assert "nan" not in result.output
+    assert "…" not in result.output, "the report is cut"
+
+
 def test_help_shows_examples_and_the_version_is_known() -> None:
     assert "--stop" in runner.invoke(app, ["generate", "--help"]).output
     assert 'accelc generate path/to/model --prompt "def main():"' in runner.invoke(app, ["generate", "--help"]).output
@@ -88,6 +100,8 @@ def test_passes_are_listed() -> None:
     result = runner.invoke(app, ["passes"])
     assert result.exit_code == 0
     assert "derive_step" in result.output
+    described = " ".join(result.output.replace("│", " ").split())
+    assert "new input after lengths." in described, "the sentence is cut"
 
 
 @pytest.mark.parametrize("name", [name for name, _, needed in CHECKS if needed])

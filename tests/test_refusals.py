@@ -5,10 +5,20 @@ import torch
 from families import FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import T5Config, T5ForConditionalGeneration
 
 import accelc
 from accelc.ir import errors
-from accelc.ir.errors import AccelcError, CaptureError, CheckError, DeriveError, NonFiniteLogitsError, NotCausalError
+from accelc.ir.errors import (
+    AccelcError,
+    CaptureError,
+    CheckError,
+    DeriveError,
+    InputError,
+    NoLogitsError,
+    NonFiniteLogitsError,
+    NotCausalError,
+)
 
 
 class Model(nn.Module):
@@ -56,6 +66,22 @@ class OverAllTokens(Model):
         return self.head(self.mix(x) + x.mean(1, keepdim=True))
 
 
+class WithItem(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids)
+        return self.head(self.mix(x) * self.head.bias[0].item())
+
+
+class LengthAsNumber(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.mix(self.token(ids))) * (ids.shape[1] / 2)
+
+
+class Integers(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.mix(self.token(ids))).long()
+
+
 @pytest.mark.parametrize(
     ("model", "error", "observed", "advice"),
     [
@@ -65,6 +91,9 @@ class OverAllTokens(Model):
         (NoNumber, NonFiniteLogitsError, "NaN", "Check the weights"),
         (OverTheBatch, CheckError, "of the logits' spread", "statistics over the batch"),
         (OverAllTokens, DeriveError, "reduces over the sequence", "a running sum"),
+        (WithItem, DeriveError, "read from a tensor", "leave out .item()"),
+        (LengthAsNumber, DeriveError, "sequence length as a number", "a running sum"),
+        (Integers, NoLogitsError, "int64", "float32"),
     ],
 )
 def test_the_refusal_says_what_was_seen_and_what_to_do(
@@ -82,6 +111,24 @@ def test_no_remedy_is_a_report_or_a_check_that_is_switched_off() -> None:
     for cls in classes:
         assert "report" not in cls.remedy.lower(), cls
         assert "check=" not in cls.remedy, cls
+
+
+def test_an_encoder_decoder_model_is_told_apart() -> None:
+    config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
+    with pytest.raises(CaptureError, match="encoder-decoder"):
+        accelc.compile(T5ForConditionalGeneration(config), max_length=16)
+
+
+def test_autocast_is_refused_while_compiling_and_ignored_while_decoding() -> None:
+    model = FAMILIES["llama"].build()
+    decoder = accelc.compile(model, max_length=16, backend="eager")
+    before = decoder.generate([1, 2], max_new_tokens=6).tokens[0].tolist()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(InputError, match="autocast"):
+            accelc.compile(model, max_length=16)
+        with decoder.start([1, 2]) as session:
+            assert session.logits.dtype == torch.float32
+        assert decoder.generate([1, 2], max_new_tokens=6).tokens[0].tolist() == before
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

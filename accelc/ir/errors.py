@@ -227,9 +227,7 @@ class SessionClosedError(AccelcError):
 class StaleDecoderError(AccelcError):
     """The model of a decoder got other weights than it decodes with; names the first of them."""
 
-    remedy = (
-        "Compile the model again: accelc.compile(model, ...), which is quick where its programs still fit."
-    )
+    remedy = "Compile the model again: accelc.compile(model, ...), which is quick where its programs still fit."
 
 
 class NonFiniteLogitsError(AccelcError):

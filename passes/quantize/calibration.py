@@ -65,10 +65,10 @@ def run_calibrated(program: Program, matrices: Mapping[str, Matrix], calibration
     """Run a step or forward program on the tokens until the last of `matrices` has been seen."""
     facts: dict[str, Any] = program.facts.get("capture", {})  # type: ignore[assignment]
     lowest, highest = (int(extreme) for extreme in calibration.tokens.aminmax())
-    if lowest < 0 or highest >= int(facts.get("vocab_size", highest + 1)):
+    if lowest < 0 or highest >= int(facts.get("input_vocab_size", highest + 1)):
         wrong = lowest if lowest < 0 else highest
         raise InputError(
-            f"calibration token {wrong} lies outside the vocabulary of {facts.get('vocab_size', '?')}",
+            f"calibration token {wrong} lies outside the vocabulary of {facts.get('input_vocab_size', '?')}",
             remedy="Encode the text with the model's own tokenizer.",
         )
     longest = int(facts.get("max_length", calibration.tokens.shape[1]))

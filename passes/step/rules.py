@@ -83,7 +83,16 @@ def scalars(analysis: Analysis, node: fx.Node, value: Any) -> Any:
     if isinstance(value, fx.Node):
         if not is_size(value):
             raise analysis.refuse(node, f"takes the tensor {value.name} where a number was expected")
-        size = analysis.symbols.size(value.meta["val"]) if isinstance(value.meta["val"], torch.SymInt) else None
+        symbols, number = analysis.symbols, value.meta["val"]
+        known = {symbols.batch, symbols.length}
+        free = number.node.expr.free_symbols if hasattr(number, "node") else set()
+        if free - known:
+            raise analysis.refuse(
+                node,
+                f"takes the number {value.name}, which is read from a tensor when the model runs",
+                remedy="Compute with the tensor itself: leave out .item().",
+            )
+        size = symbols.size(number) if isinstance(number, torch.SymInt) else None
         if size is None or size.has_time:
             raise analysis.refuse(node, f"uses the sequence length as a number (through {value.name})")
         return Dim(size, None)
@@ -112,7 +121,7 @@ UNTAGGED = """
     masked_fill alias detach lift_fresh_copy isin float_power type_as multiply divide true_divide subtract
     absolute negative clip square rsub greater greater_equal less less_equal not_equal relu6 selu celu hardtanh
     fix isfinite log_sigmoid softsign tanhshrink hardswish hardsigmoid isreal nan_to_num lerp addcmul addcdiv
-    prelu rrelu logical_xor
+    prelu rrelu logical_xor fill
 """
 """Pointwise operations, most of them other names of tagged ones, that torch does not tag; not every version has all."""
 
