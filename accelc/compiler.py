@@ -157,14 +157,15 @@ def compile(
             inputs = example_inputs if verify else None
             step = step_pipeline(passes, disable).run(forward, require=weakest, verify=inputs)
             programs = {"step": step, "prefill": prefill_pipeline().run(step)}
-            step.facts["folded"] = sorted(folded_parameters(programs, forward))
+            folded = sorted(folded_parameters(programs, forward))
+            step.facts["folded"] = folded
         run_step = runner(step, backend, capacity, report)
         if check != "off":
             with report.stage("check"):
                 report.modes = check_step(forward, step, run_step, length=CHECK_LENGTH[check], capacity=capacity)
             if key is not None:
                 with report.stage("cache"):
-                    store_programs(key, programs, model, step.facts["folded"])
+                    store_programs(key, programs, model, folded)
     step = derived = programs["step"]
     if quantizing is not None:
         with report.stage("quantize"):
