@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from accelc.ir import Exactness
 from accelc.ir.errors import InputError
 from accelc.passes import Pass
 from accelc.runtime.arguments import token_ids
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise InputError unless a value is one of those that a `Literal` lists."""
+    if value not in get_args(choices):
+        raise InputError(f"{name} is {value!r}", remedy=f"Use one of: {', '.join(map(repr, get_args(choices)))}.")
 
 
 def check_types(

@@ -12,45 +12,33 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from accelc.arguments import check_types
+from accelc.arguments import check_choice, check_types
 from accelc.backend_options import optional
-from accelc.capture import capture, forward_logits, load_model
+from accelc.capture import load_model
 from accelc.checkpoints import load_quantized, quantization_of
 from accelc.codegen import CompiledStep, Options, compile_program, prepare
+from accelc.confirm import confirm_compiled
 from accelc.decoder import CompiledDecoder, CompileReport
-from accelc.fingerprint import fingerprint
+from accelc.derivation import Check, Request, derive
 from accelc.ir import Exactness, Program
-from accelc.ir.errors import CheckError, ExactnessError, InputError, unknown_options
+from accelc.ir.errors import ExactnessError, InputError, unknown_options
 from accelc.passes import Pass, Pipeline
-from accelc.passes.check_step import check_step
-from accelc.passes.closeness import (
-    allowed,
-    comparable,
-    computing_dtype,
-    has_peaks,
-    spread,
-    what_is_not_finite,
-)
 from accelc.passes.quantize.methods import METHODS
 from accelc.passes.quantize_weights import NONE, QuantizeWeights, is_automatic, quantization
-from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
-from accelc.program_cache import folded_parameters, forget_programs, load_programs, store_programs
+from accelc.pipeline import prefill_pipeline
 from accelc.quantized_linear import QuantizedModule
 from accelc.runtime import cache_capacity
 from accelc.runtime.arguments import check_vocabulary, token_ids
-from accelc.watch import Watch, tensors_of
+from accelc.watch import Watch
 
 log = logging.getLogger(__name__)
 
 Backend = Literal["native", "eager"]
-Check = Literal["full", "quick", "off"]
 
 OPTIONS = (
     "max_length", "max_batch", "chunk", "backend", "quantize", "passes", "disable", "require", "check", "cache",
     "verify", "tokenizer", "eos",
 )  # fmt: skip
-CHECK_LENGTH = {"full": 24, "quick": 10}
-"""Tokens that a check runs."""
 
 
 def compile(
@@ -93,14 +81,12 @@ def compile(
     """
     if unknown:
         raise unknown_options("accelc.compile", unknown, OPTIONS)
-    if backend not in ("native", "eager"):
-        raise InputError(f"backend is {backend!r}", remedy="Use 'native' or 'eager'.")
-    if check not in ("full", "quick", "off"):
-        raise InputError(f"check is {check!r}", remedy="Use 'full', 'quick' or 'off'.")
     quantizing = quantization(quantize)
     if require is None:
         require = Exactness.DISTRIBUTION if quantizing is None else Exactness.LOSSY
     check_types(max_length, max_batch, chunk, passes, disable, require, eos)
+    check_choice("backend", backend, Backend)
+    check_choice("check", check, Check)
     if quantizing is not None and quantizing.exactness < require:
         raise ExactnessError(f"quantize makes the decoder {quantizing.exactness}, and {require} is required",
                              remedy="Leave out quantize= or require=.")  # fmt: skip
@@ -114,12 +100,7 @@ def compile(
             f"expected a torch.nn.Module or a directory, got {type(model).__name__}",
             remedy="Pass the model, or the path of a directory written by save_pretrained.",
         )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        raise InputError(
-            f"autocast is on for {device.type}, and a graph does not record what it casts",
-            remedy="Compile outside of autocast; for half precision convert the model: model.to(torch.bfloat16).",
-        )
+    device = refuse_autocast(model)
     length = max_length if max_length is not None else default_length(model)
     chunk = min(chunk, length)
     capacity = cache_capacity(length, chunk)
@@ -131,41 +112,17 @@ def compile(
     if device.type != "cpu" and backend == "native":
         report.notices.append(f"the native backend is for CPUs; the step runs node by node on {device}")
         backend = "eager"
-    # Passes of others may change without a trace in the key; a full check needs the forward anyway.
-    key, found = None, None
-    weakest = require if quantizing is None else Exactness.DISTRIBUTION  # of the step before it is quantized
-    if cache and not passes and check != "full" and not verify:
-        with report.stage("cache"):
-            pipelines = f"{step_pipeline(disabled=disable)}; {prefill_pipeline()}"
-            key = fingerprint(model, max_length=length, pipelines=pipelines, require=str(weakest))
-            found = load_programs(key, model) if key is not None else None
-    if found is not None and key is not None:
-        run_step = runner(found["step"], backend, capacity, report)
-        with report.stage("check"):
-            agrees = confirm(model, found["step"], run_step, capacity)
-        if agrees:
-            report.notices.append("programs from the cache: captured, derived and checked by an earlier process")
-        else:  # something that the key does not see has changed
-            log.warning("the cached programs of %s do not compute what it does now; derived anew", type(model).__name__)
-            forget_programs(key)
-            found = None
-    programs = found
-    if programs is None:
-        with report.stage("capture"):
-            forward = capture(model, max_length=length)
-        with report.stage("passes"):
-            inputs = example_inputs if verify else None
-            step = step_pipeline(passes, disable).run(forward, require=weakest, verify=inputs)
-            programs = {"step": step, "prefill": prefill_pipeline().run(step)}
-            folded = sorted(folded_parameters(programs, forward))
-            step.facts["folded"] = folded
-        run_step = runner(step, backend, capacity, report)
-        if check != "off":
-            with report.stage("check"):
-                report.modes = check_step(forward, step, run_step, length=CHECK_LENGTH[check], capacity=capacity)
-            if key is not None:
-                with report.stage("cache"):
-                    store_programs(key, programs, model, folded)
+    request = Request(
+        max_length=length,
+        capacity=capacity,
+        passes=passes,
+        disable=disable,
+        require=require if quantizing is None else Exactness.DISTRIBUTION,  # of the step before it is quantized
+        check=check,
+        cache=cache,
+        verify=verify,
+    )
+    programs, run_step = derive(model, request, lambda step: runner(step, backend, capacity, report), report)
     step = derived = programs["step"]
     if quantizing is not None:
         with report.stage("quantize"):
@@ -199,51 +156,6 @@ def compile(
     )
 
 
-def confirm(model: nn.Module, step: Program, run: Callable[..., Any], capacity: int) -> bool:
-    """Whether a cached step computes the logits of the model as it is now, for five tokens in two chunks. Raises
-    NonFiniteLogitsError where those are no numbers.
-    """
-    tokens = confirming_tokens(step)
-    expected = comparable(forward_logits(model, tokens))
-    if not has_peaks(expected):
-        raise what_is_not_finite(dict(tensors_of(model)))
-    difference = float((run_in_chunks(step, run, tokens, capacity) - expected).abs_().max())
-    return difference <= allowed(computing_dtype(step)) * spread(expected)  # NaN is no agreement
-
-
-def confirm_compiled(step: Program, run: Callable[..., Any], capacity: int, activation_bits: int = 16) -> None:
-    """Raise CheckError unless a step whose weights were quantized after its check computes, when compiled, what its
-    graph does. Kernels round activations, so fp32 models are allowed their share of that.
-    """
-    tokens = confirming_tokens(step)
-    expected = run_in_chunks(step, step.run, tokens, capacity)
-    error = float((run_in_chunks(step, run, tokens, capacity) - expected).abs_().max()) / spread(expected)
-    bound = max(allowed(computing_dtype(step)), 5e-3 if activation_bits == 16 else 0.2)
-    if not error <= bound:
-        raise CheckError(
-            f"the compiled quantized step differs from its graph: {error:.2e} of the logits' spread "
-            f"(allowed {bound:.0e})"
-        )
-
-
-def confirming_tokens(step: Program) -> torch.Tensor:
-    """Five random tokens [1, 5]."""
-    vocabulary = int(step.facts["capture"]["input_vocab_size"])  # type: ignore[index]
-    return torch.randint(0, vocabulary, (1, 5), generator=torch.Generator().manual_seed(1)).to(step.device)
-
-
-def run_in_chunks(step: Program, run: Callable[..., Any], tokens: torch.Tensor, capacity: int) -> torch.Tensor:
-    """The logits [1, 5, V] of five tokens, in a chunk of four and one of one."""
-    device = step.device
-    states = [spec.allocate(1, capacity, device) for spec in step.states]
-    got = []
-    for begin, end in ((0, 4), (4, 5)):
-        positions, lengths = torch.arange(begin, end)[None], torch.tensor([begin])
-        chunk = tokens[:, begin:end].contiguous()
-        got.append(comparable(run(chunk, positions.to(device), lengths.to(device), *states)[0]))
-    return torch.cat(got, dim=1)
-
-
 def load_model_for(
     source: str | Path, quantizing: QuantizeWeights | None, *, dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, QuantizeWeights | None]:
@@ -266,6 +178,17 @@ def load_model_for(
         return load_model(path, dtype=dtype), replace(quantizing, consume=True)
     options = {"head": quantizing.head, "method": quantizing.method}
     return load_quantized(path, quantizing.scheme, dtype=dtype, **options), left
+
+
+def refuse_autocast(model: nn.Module) -> torch.device:
+    """The device of a model. Raises InputError where autocast is on for it."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        raise InputError(
+            f"autocast is on for {device.type}, and a graph does not record what it casts",
+            remedy="Compile outside of autocast; for half precision convert the model: model.to(torch.bfloat16).",
+        )
+    return device
 
 
 def runner(

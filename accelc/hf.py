@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import accelc
-from accelc.compiler import OPTIONS, confirm
+from accelc.compiler import OPTIONS
+from accelc.confirm import confirm
 from accelc.decoder import CompiledDecoder
 from accelc.fingerprint import fingerprint
 from accelc.ir.errors import (
