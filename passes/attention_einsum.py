@@ -16,13 +16,15 @@ def einsums_to_products(graph: fx.Graph, length: torch.SymInt) -> None:
             continue
         left, right = node.args[1]  # type: ignore[misc]
         if any(sum(same(size, length) for size in shape(n)) == 2 for n in (left, right, node)):
-            product = _as_product(builder, node, str(node.args[0]).replace(" ", ""), left, right)
+            product = _as_product(builder, node, str(node.args[0]).replace(" ", ""), left, right, length)
             if product is not None:
                 node.replace_all_uses_with(product)
                 graph.erase_node(node)
 
 
-def _as_product(builder: Builder, node: fx.Node, equation: str, left: fx.Node, right: fx.Node) -> fx.Node | None:
+def _as_product(
+    builder: Builder, node: fx.Node, equation: str, left: fx.Node, right: fx.Node, length: torch.SymInt
+) -> fx.Node | None:
     """The einsum as permute, matmul, permute; None unless it has one row, one column and one contracted letter."""
     if "->" not in equation or "." in equation:
         return None
@@ -37,8 +39,9 @@ def _as_product(builder: Builder, node: fx.Node, equation: str, left: fx.Node, r
         return None
     if not rows:
         return None
-    # Rows beyond one are groups of queries that share a key: they stand with the batch dims and broadcast.
-    row = rows[-1]
+    # The row is the dim of the tokens. Rows beyond it are groups of queries that share a key: they stand with the
+    # batch dims and broadcast.
+    row = next((c for c in rows if same(shape(left)[a.index(c)], length)), rows[-1])
     batch = [c for c in out if c not in (row, columns[0])]
     if any(c in columns for c in batch):
         return None

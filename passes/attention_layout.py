@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -256,12 +257,13 @@ def combined_bias(layout: Layout, terms: tuple[Term, ...]) -> fx.Node | None:
 
 
 def sink_per_head(layout: Layout, column: fx.Node) -> fx.Node:
-    """The vector [H] that a column [B, H, T, 1] repeats."""
+    """The vector [H] that a column [B, H, T, 1], or [B, Hk, G, T, 1], repeats."""
     node = column
     while is_call(node, aten.expand, aten.reshape, aten.unsqueeze) or is_cast(node):
         if len(shape(node)) == 1:
             break
-        is_per_head = same(shape(node), (1, layout.heads, 1, 1)) or same(shape(node), (layout.heads, 1, 1))
+        sizes = shape(node)
+        is_per_head = all(isinstance(size, int) for size in sizes) and math.prod(sizes) == layout.heads
         if is_call(node, aten.reshape, aten.unsqueeze) and not is_per_head:
             break
         node = node.args[0]  # type: ignore[assignment]

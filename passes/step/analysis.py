@@ -39,7 +39,7 @@ class Analysis:
         for node in self.graph.nodes:
             if node is self.tokens or self.token_dependent.intersection(_data_inputs(node)):
                 self.token_dependent.add(node)
-            if is_size(node) or self.size_dependent.intersection(node.all_input_nodes):
+            if is_size(node) or _fills_by_shape(node) or self.size_dependent.intersection(node.all_input_nodes):
                 self.size_dependent.add(node)
 
     def sizes(self, node: fx.Node) -> tuple[Size, ...]:
@@ -100,6 +100,11 @@ def _data_inputs(node: fx.Node) -> list[fx.Node]:
     if node.target in SIZE_ONLY or is_size(node):
         return []
     return node.all_input_nodes
+
+
+def _fills_by_shape(node: fx.Node) -> bool:
+    """Whether a tensor of a constant takes its sizes, batch or length among them, from another tensor."""
+    return node.target in SIZE_ONLY and any(isinstance(size, torch.SymInt) for size in shape_of(node))
 
 
 SIZE_ONLY = {

@@ -274,22 +274,26 @@ def _diagonal(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
 
 
 def _triangle(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
-    """tril and triu over two sequence dims compare positions."""
+    """tril and triu over two sequence dims, the last two, compare positions."""
     diagonal = scalars(analysis, node, node.args[1]) if len(node.args) > 1 else 0
     lower = node.target.overloadpacket is aten.tril
     base = aligned(analysis, node.args[0], roles)
 
+    own_batch = analysis.batch_dim(node)
+    if own_batch not in (None, 0) or any(role is None for role in roles[-2:]):
+        raise analysis.refuse(node, "takes the triangle of other dims than the sequence's")
+
     def emit(build: Any, call: Call, values: list[Any], lifted: bool) -> fx.Node:
-        row, column = build.row_and_column(roles)
+        row, column = build.row_and_column(roles[-2:])
         difference = build.call(aten.sub.Tensor, column, row)
         compare = aten.le.Scalar if lower else aten.ge.Scalar
         inside = build.call(compare, difference, diagonal)  # [B, ., .]
+        for _ in range(len(roles) - 2 - (own_batch == 0)):
+            inside = build.call(aten.unsqueeze.default, inside, 1)
         zero = build.call(aten.scalar_tensor.default, 0, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
         return build.call(aten.where.self, inside, values[0], zero)
 
-    if len(roles) != 2:
-        raise analysis.refuse(node, "takes the triangle of more than a matrix")
-    return Call("triangle", (base,), emit=emit, kwargs={"lifted": True})
+    return Call("triangle", (base,), emit=emit, kwargs={"lifted": own_batch is None})
 
 
 def _check_rows(analysis: Analysis, tables: Tables, node: fx.Node) -> None:

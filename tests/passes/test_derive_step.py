@@ -123,6 +123,25 @@ def shaped_alike(m: Mixer, x: Tensor) -> Tensor:
     return attend(turned, heads(m.key(x)), heads(m.value(x)), is_causal=True).view_as(x)
 
 
+def positions_of_ones(m: Mixer, x: Tensor) -> Tensor:
+    """Position ids as the running sum of ones that take their shape from a tensor of the tokens."""
+    counted = torch.ones_like(x[..., 0], dtype=torch.int64).cumsum(-1) - 1
+    return plain(m, x + m.position(counted)) + m.position(torch.full_like(counted, 2).cumsum(1).clamp(max=9))
+
+
+def running_mean(m: Mixer, x: Tensor) -> Tensor:
+    return x.cumsum(1) / torch.ones_like(x).cumsum(1)
+
+
+def triangles_of_scores(m: Mixer, x: Tensor) -> Tensor:
+    """The triangle of scores themselves, and of ones shaped like them."""
+    q, k, v = heads(m.query(x)), heads(m.key(x)), heads(m.value(x))
+    scores = q @ k.transpose(-1, -2)
+    count = torch.ones_like(scores).tril().sum(-1, keepdim=True)
+    visible = torch.ones(4, *scores.shape[-2:]).tril() + torch.ones(x.shape[0], 1, *scores.shape[-2:]).triu(1) * 0
+    return ((scores.tril() * visible / count) @ v).transpose(1, 2).flatten(2)
+
+
 def derive(model: nn.Module, *, tree: bool = False, raised: bool = True, **options: object) -> tuple[Program, Program]:
     forward = capture(model.eval(), max_length=LENGTH)
     passes = [Normalise(), *([RaiseAttention()] if raised else []), DeriveStep(tree=tree, **options)]  # type: ignore[arg-type]
@@ -143,6 +162,9 @@ def derive(model: nn.Module, *, tree: bool = False, raised: bool = True, **optio
         running_sum,
         counted_positions,
         shaped_alike,
+        positions_of_ones,
+        running_mean,
+        triangles_of_scores,
     ],
     ids=lambda f: f.__name__,
 )

@@ -231,6 +231,17 @@ def einsum_with_groups(q, k, v, sinks):
     return torch.einsum("bhgqk,bhkd->bhgqd", scores.softmax(-1), v).flatten(1, 2)
 
 
+def einsum_with_groups_behind(q, k, v, sinks):
+    """Groups stand behind the tokens, and sinks have a column for each head of each group."""
+    b, _, t, _ = q.shape
+    q, k, v = q.unflatten(1, (2, 2)).permute(0, 3, 1, 2, 4), k.transpose(1, 2), v.transpose(1, 2)
+    scores = 5 * torch.tanh(torch.einsum("btgre,bsge->bgrts", q, k) * 0.35 / 5)
+    scores = scores.masked_fill(~causal(scores), LEAST)
+    column = sinks.view(1, 2, 2, 1, 1).expand(b, 2, 2, t, 1)
+    weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    return torch.einsum("bgrts,bsge->btgre", weights, v).flatten(2, 3).transpose(1, 2)
+
+
 @pytest.mark.parametrize(
     "spelling",
     [
@@ -241,6 +252,7 @@ def einsum_with_groups(q, k, v, sinks):
         natively,
         five_dims,
         einsum_with_groups,
+        einsum_with_groups_behind,
     ],
 )
 def test_repeated_heads_are_folded(spelling: Callable[..., Tensor]) -> None:
