@@ -148,8 +148,9 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Mo
 
 def forward_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """The model's own logits [B, T, V] for tokens [B, T], in evaluation mode and without gradient."""
-    with _evaluation(model), torch.no_grad():
-        return LogitsOnly(model)(tokens)
+    # What a model keeps of its forward must not be an inference tensor, with which it could not be trained.
+    with _evaluation(model), torch.inference_mode(False), torch.no_grad():
+        return LogitsOnly(model)(tokens.clone())
 
 
 class LogitsOnly(nn.Module):

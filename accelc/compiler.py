@@ -17,7 +17,7 @@ from accelc.backend_options import optional
 from accelc.capture import load_model
 from accelc.checkpoints import load_quantized, quantization_of
 from accelc.codegen import CompiledStep, Options, compile_program, prepare
-from accelc.confirm import confirm_compiled
+from accelc.confirm import confirm, confirm_compiled
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.derivation import Check, Request, derive
 from accelc.ir import Exactness, Program
@@ -132,6 +132,8 @@ def compile(
         if check != "off":
             with report.stage("check"):
                 confirm_compiled(step, run_step, capacity, quantizing.activation_bits)
+    # A quantized step differs from its model in any case.
+    agrees = None if quantizing is not None else functools.partial(confirm, step=step, run=run_step, capacity=capacity)
     bits = quantizing.activation_bits if quantizing is not None else 16
     run_prefill = runner(programs["prefill"], backend, capacity, report, bits)
     facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
@@ -152,7 +154,7 @@ def compile(
         eos=eos if eos is not None else model_eos(model),
         device=device,
         tokenizer=tokenizer,
-        before_call=Watch(model, programs.values(), derived),
+        before_call=Watch(model, programs.values(), derived, agrees),
     )
 
 

@@ -208,7 +208,7 @@ def _feed_submodule(feed: Feed, path: str, module: nn.Module) -> None:
         return
     if isinstance(module, torch.jit.ScriptModule):
         raise UncacheableError("scripted code", where=where)
-    if module._forward_pre_hooks or not all(map(_only_records, module._forward_hooks.values())):
+    if module._forward_pre_hooks or not all(map(only_records, module._forward_hooks.values())):
         raise UncacheableError("a forward hook", where=where)
     if "parametrizations" in module._modules:
         raise UncacheableError("a parametrization", where=where)
@@ -219,7 +219,7 @@ def _feed_submodule(feed: Feed, path: str, module: nn.Module) -> None:
     feed.attributes(module, where, skip=_MODULE_ATTRIBUTES | {"generation_config"})
 
 
-def _only_records(hook: object) -> bool:
+def only_records(hook: object) -> bool:
     """Whether a hook is one of those by which transformers collects hidden states and attentions when asked to."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 

@@ -31,7 +31,7 @@ class Decoder:
     max_batch: None for any. vocab_size: None learns it from the logits of one step at the first call. input_vocab_size:
     how many ids the model reads, where that is another number. eos: token id or ids that end a row. tokenizer: default
     for texts and stop strings, an object with ``decode(ids)`` or a callable.
-    before_call: called first by each call; raises when the decoder must not be used any more.
+    before_call: called first by each call, those of sessions too; raises when the decoder must not be used any more.
 
     Calls from several threads wait for each other. Any error, KeyboardInterrupt included, leaves the decoder usable.
     """
@@ -183,7 +183,7 @@ class Decoder:
         )
 
     def _session(self, batch: int) -> Session:
-        return Session(self.steps, self._pool, self._lock, self.input_vocab_size, batch)
+        return Session(self.steps, self._pool, self._lock, self.input_vocab_size, batch, self._before_call)
 
     def _prepare(
         self,

@@ -51,11 +51,17 @@ class Session:
     """
 
     def __init__(
-        self, steps: Steps, pool: StatePool, lock: threading.RLock, input_vocab_size: int | None, batch: int
+        self,
+        steps: Steps,
+        pool: StatePool,
+        lock: threading.RLock,
+        input_vocab_size: int | None,
+        batch: int,
+        before_call: Callable[[], None] | None = None,
     ) -> None:
         self.steps = steps
         self.batch = batch
-        self._pool, self._lock = pool, lock
+        self._pool, self._lock, self._before_call = pool, lock, before_call
         self.input_vocab_size = input_vocab_size
         self._lease: tuple[Tensor, ...] | None = pool.take(batch)
         self._states = tuple(state[:batch] for state in self._lease)
@@ -244,6 +250,8 @@ class Session:
     def _transaction(self, counts: Sequence[int] | None = None) -> Iterator[None]:
         """Alone on the decoder, in inference mode, with room for ``counts`` more tokens; whatever raises is undone."""
         with self.alone():
+            if self._before_call is not None:
+                self._before_call()
             if counts is not None:
                 self._check_room(counts)
             before = self.lengths.clone()
