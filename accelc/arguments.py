@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any, get_args
 
 from accelc.ir import Exactness
@@ -32,10 +33,10 @@ def check_types(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} is {value!r}", remedy=f"Use an integer of at least {least}.")
     token_ids("eos", eos)
-    if isinstance(disable, str):
-        raise InputError(f"disable is the string {disable!r}", remedy=f"Pass a list of names: disable=[{disable!r}].")
+    if isinstance(disable, str) or not isinstance(disable, Collection) or not all(isinstance(n, str) for n in disable):
+        shown = repr(disable) if isinstance(disable, str) else '"raise_norms"'
+        raise InputError(f"disable is {disable!r}", remedy=f"Pass a list of names: disable=[{shown}].")
     if not isinstance(require, Exactness):
         raise InputError(f"require is {require!r}", remedy="Use accelc.Exactness.EXACT, DISTRIBUTION or LOSSY.")
-    wrong = [p for p in passes if not isinstance(p, Pass)]
-    if wrong:
-        raise InputError(f"passes holds {wrong[0]!r}", remedy="Pass instances, for example passes=[MyPass()].")
+    if not isinstance(passes, Sequence) or not all(isinstance(p, Pass) for p in passes):
+        raise InputError(f"passes is {passes!r}", remedy="Pass a list of instances, for example passes=[MyPass()].")

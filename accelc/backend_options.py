@@ -114,7 +114,9 @@ def _reject_unknown(whose: str, given: Mapping[str, object], known: Any) -> None
         raise UnknownOptionError(
             f"{whose} has no option {', '.join(map(str, unknown))}",
             where="torch.compile(options=...)",
-            remedy=f"{'Known options' if len(known) < 20 else 'Close to it'}: {', '.join(listed) or 'none'}.",
+            remedy=f"{'Known options' if len(known) < 20 else 'Close to it'}: {', '.join(listed)}."
+            if listed
+            else "See torch._inductor.config for those that there are.",
         )
 
 

@@ -184,8 +184,10 @@ def _export(wrapper: LogitsOnly, example: Tensor, max_length: int) -> torch.expo
     lengths become assertions in the graph, which `_check_assertions` evaluates.
     """
     failure: Exception | None = None
+    taken_for_granted: list[Guard] = []
     with listening(wrapper.model) as guards, mask_hint_unasked():
         for bound, deferred in ((max_length, False), (max_length - 1, False), (max_length, True)):
+            guards.clear()
             batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
             length = torch.export.Dim("length", min=2, max=max(bound, TRACED[1] + 1))
             try:
@@ -200,13 +202,16 @@ def _export(wrapper: LogitsOnly, example: Tensor, max_length: int) -> torch.expo
                 raise
             except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated classes
                 failure = failure or error
+                # The second try tells guards of the model's own from that of a buffer of exactly max_length.
+                if not deferred:
+                    taken_for_granted = [g for g in guards if g.holds(_lengths(bound)) is False] or taken_for_granted
                 if "Constraints violated" not in str(error):
                     break
             else:
                 _check_assertions(wrapper.model, exported, max_length)
                 return exported
     reason = f"{type(failure).__name__}: " + " ".join(str(failure).strip().splitlines()[:3])[:600]
-    raise size_error(wrapper.model, guards, reason, _lengths(max_length)) from failure
+    raise size_error(wrapper.model, taken_for_granted, reason, _lengths(max_length)) from failure
 
 
 class Traced(LogitsOnly):

@@ -101,20 +101,23 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt with the model in a directory; the text streams to standard output."""
-    from accelc.ir.errors import EmptyPromptError
+    from accelc.evaluate import read_texts
+    from accelc.ir.errors import EmptyPromptError, PromptTooLongError
     from accelc.runtime.text import encode
 
     with _named_errors():
         sampling = accelc.SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
+        if max_length is not None and max_new_tokens >= max_length:
+            raise PromptTooLongError(f"{max_new_tokens} new tokens leave no room for a prompt in {max_length}")
         if sampling.greedy and (seed is not None or top_k or top_p != 1 or min_p):
             notice = "At temperature 0 the likeliest token is taken: the seed and the filters have no effect."
             errors.print(notice, soft_wrap=True)
         decoder = _compiled(model, max_length, dtype, quantize, eager)
         if report:
             errors.print(decoder.renderable(), width=None if errors.is_terminal else 120)
-        text = sys.stdin.read() if prompt in (None, "-") else prompt
+        text = read_texts([Path("-")]) if prompt in (None, "-") else prompt
         if not text:
             raise EmptyPromptError("the prompt is empty", remedy='Give --prompt "some text", or pipe text in.')
         ids = encode(decoder.tokenizer, text)
@@ -201,6 +204,10 @@ def plan_quantize(
             raise InputError("a plan needs one budget", remedy="Give --max-bytes or --max-rise, and not both.")
         if max_rise is not None and max_rise <= 0:
             raise InputError(f"--max-rise is {max_rise}", remedy="Give a rise above 0, such as 0.01 for one percent.")
+        if max_bytes is not None and max_bytes <= 0:
+            raise InputError(f"--max-bytes is {max_bytes:g}", remedy="Give the bytes that all weights may take.")
+        if not out.parent.is_dir() or out.is_dir():
+            raise InputError(f"no file can be written as {out}", remedy="Give --out a file in a folder that exists.")
         text = read_texts(texts)
         decoder = _compiled(model, length, dtype, None, eager=False)
         calibration = accelc.Calibration.of_text(encode(decoder.tokenizer, text), rows=rows, length=length)

@@ -29,6 +29,7 @@ from accelc.pipeline import prefill_pipeline
 from accelc.quantized_linear import QuantizedModule
 from accelc.runtime import cache_capacity
 from accelc.runtime.arguments import check_vocabulary, token_ids
+from accelc.runtime.text import decode_function
 from accelc.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,9 @@ def compile(
     check_types(max_length, max_batch, chunk, passes, disable, require, eos)
     check_choice("backend", backend, Backend)
     check_choice("check", check, Check)
+    check_choice("cache", cache, Literal[True, False])
+    check_choice("verify", verify, Literal[True, False])
+    decode_function(tokenizer)
     if quantizing is not None and quantizing.exactness < require:
         raise ExactnessError(f"quantize makes the decoder {quantizing.exactness}, and {require} is required",
                              remedy="Leave out quantize= or require=.")  # fmt: skip
@@ -100,6 +104,8 @@ def compile(
             f"expected a torch.nn.Module or a directory, got {type(model).__name__}",
             remedy="Pass the model, or the path of a directory written by save_pretrained.",
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("the model is a ScriptModule", remedy="Pass the module that it was made from.")
     device = refuse_autocast(model)
     length = max_length if max_length is not None else default_length(model)
     chunk = min(chunk, length)

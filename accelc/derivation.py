@@ -14,6 +14,7 @@ from accelc.confirm import confirm
 from accelc.decoder import CompileReport
 from accelc.fingerprint import fingerprint
 from accelc.ir import Exactness, Program
+from accelc.ir.errors import PassError
 from accelc.passes import Pass
 from accelc.passes.check_step import check_step
 from accelc.pipeline import example_inputs, prefill_pipeline, step_pipeline
@@ -88,6 +89,12 @@ def _derive_anew(
         pipeline = step_pipeline(request.passes, request.disable)
         verify: Any = example_inputs if request.verify else None
         step = pipeline.run(forward, require=request.require, verify=verify)
+        if "lengths" not in step.inputs:
+            raise PassError(
+                "the passes make no step of the forward",
+                where=str(pipeline),
+                remedy="Do not disable derive_step: a decoder needs it.",
+            )
         programs = {"step": step, "prefill": prefill_pipeline().run(step)}
         folded = sorted(folded_parameters(programs, forward))
         step.facts["folded"] = folded

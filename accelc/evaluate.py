@@ -82,7 +82,8 @@ def read_texts(paths: Sequence[Path]) -> str:
     parts = []
     for path in paths:
         try:
-            parts.append(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
+            content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+            parts.append(content.decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path}: {error}", remedy="Give files of UTF-8 text.") from error
     return "".join(parts)

@@ -220,7 +220,7 @@ def unpad(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> l
         count = int(keep.sum())
         where = f"row {index}"
         if count == 0:
-            raise EmptyPromptError("the prompt is all padding", where=where)
+            raise EmptyPromptError(f"the prompt {'is all padding' if len(row) else 'has no tokens'}", where=where)
         if not bool(keep[len(row) - count :].all()):
             raise GenerationModeError(
                 "attention_mask with holes or right padding", where=where, remedy="Pad on the left."

@@ -24,6 +24,8 @@ def reject_unknown(function: Callable[..., Any], unknown: Mapping[str, object]) 
     sampling = [f.name for f in fields(SamplingParams) if f.name in unknown]
     settings = ", ".join(f"{name}={unknown[name]!r}" for name in sampling)
     advice = f"Pass sampling=accelc.SamplingParams({settings}). " if sampling and "sampling" in known else ""
+    if "input_ids" in unknown:
+        advice += "Give the prompt first, without a name. "
     raise unknown_options(f"decoder.{function.__name__}", unknown, known, advice=advice)
 
 

@@ -97,7 +97,7 @@ class Decoder:
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt = (),
         *,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -138,7 +138,7 @@ class Decoder:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt = (),
         *,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,

@@ -74,6 +74,8 @@ def split_rows(prompt: Prompt) -> list[Tensor]:
         return _encoding(prompt)
     if isinstance(prompt, np.ndarray):
         prompt = _tensor(prompt)
+    if isinstance(prompt, Tensor) and prompt.is_nested:
+        prompt = list(prompt.unbind())
     if isinstance(prompt, Tensor):
         if prompt.dim() not in (1, 2):
             raise RankError(f"token ids of shape {list(prompt.shape)}")

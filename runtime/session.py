@@ -219,6 +219,8 @@ class Session:
         rows, lengths = integers("rows", rows), integers("lengths", lengths)
         if len(rows) != len(lengths):
             raise InputError(f"{len(rows)} rows and {len(lengths)} lengths")
+        if len(set(rows)) != len(rows):
+            raise InputError(f"rows {rows} name one of them twice")
         with self._transaction():
             present = self.lengths.tolist()
             for row, length in zip(rows, lengths):

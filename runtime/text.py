@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from accelc.ir.errors import StopError, TokenizerError
+from accelc.ir.errors import InputError, TokenizerError
 
 INCOMPLETE = "\ufffd"
 """What tokenizers print for bytes that are not (yet) a character."""
@@ -27,7 +27,7 @@ def decode_function(tokenizer: Tokenizer | Decode | None) -> Decode | None:
         return None
     decode = getattr(tokenizer, "decode", tokenizer)
     if not callable(decode):
-        raise StopError(
+        raise InputError(
             f"{type(tokenizer).__name__} is no tokenizer", remedy="Pass a callable or an object with .decode(ids)."
         )
     name = getattr(decode, "__qualname__", type(decode).__name__)

@@ -20,6 +20,7 @@ class Inner(nn.Module):
         self.function = function
         self.recurrent = nn.GRU(16, 16, batch_first=True)
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mask", torch.zeros(32, 32))  # as large as the longest sequence of the tests
 
     def forward(self, ids: Tensor, x: Tensor) -> Tensor:
         return self.function(self, ids, x)  # type: ignore[call-arg]
@@ -71,6 +72,11 @@ def bounds_length(inner: Inner, ids: Tensor, x: Tensor) -> Tensor:
     return x
 
 
+def branches_on_length(inner: Inner, ids: Tensor, x: Tensor) -> Tensor:
+    x = x + inner.mask[: ids.shape[1], : ids.shape[1]].sum()
+    return x if ids.shape[1] < 20 else -x
+
+
 def leaves_torch(inner: Inner, ids: Tensor, x: Tensor) -> Tensor:
     return x + torch.from_numpy(ids.numpy())[..., None]
 
@@ -100,6 +106,7 @@ CASES = {
     fixes_length: ("length == 7", "x * torch.ones(7, 1)", "ids.shape"),
     fixes_batch: ("batch", "x.reshape(2, -1, 16)", "ids.shape"),
     bounds_length: ("length <= 20", "assert ids.shape[1] <= 20", "ids.shape"),
+    branches_on_length: ("length < 20", "if ids.shape[1] < 20", "ids.shape"),
     leaves_torch: ("numpy", "torch.from_numpy", "tensor operations"),
     raises: ("KeyError: 'missing'", '{}["missing"]', "tensor operations"),
     writes: ("writes to its buffers: inner.calls", "", "from the ids"),

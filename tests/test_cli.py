@@ -52,6 +52,7 @@ def test_generate_reads_standard_input_and_reports(saved: Path) -> None:
         (["--temperature", "-1"], "SamplingError"),
         (["--dtype", "int3"], "InputError"),
         (["--max-length", "2"], "PromptTooLong"),
+        (["--max-length", "3", "--max-new-tokens", "1"], "PromptTooLong"),
         (["--prompt", ""], "EmptyPromptError"),
         (["--stop", ""], "StopError"),
         (["--seed", "-1"], "SamplingError"),

@@ -16,6 +16,7 @@ from accelc.ir.errors import (
     InputError,
     MetaDeviceError,
     NoLogitsError,
+    PassError,
     PromptTooLongError,
     UnknownOptionError,
     UnknownPassError,
@@ -118,16 +119,22 @@ def test_bad_options_are_named() -> None:
     with pytest.raises(InputError, match="max_length"):
         accelc.compile(model, max_length=1)
     wrong = {"max_length": "16", "max_batch": 0, "disable": "normalise", "require": "exact", "passes": ["x"]}
-    for option in ({name: value} for name, value in wrong.items()):
+    others = {"disable": 3, "passes": 3, "cache": "yes", "verify": "x", "tokenizer": 3}
+    for option in ({name: value} for values in (wrong, others) for name, value in values.items()):
         with pytest.raises(InputError, match=next(iter(option))):
             accelc.compile(model, **{"max_length": 16, **option})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"torch\.nn\.Module"):
         accelc.compile(lambda ids: ids, max_length=16)  # type: ignore[arg-type]
+    with pytest.raises(PassError, match="make no step") as raised:
+        accelc.compile(model, max_length=16, disable=["derive_step"])
+    assert "derive_step" in raised.value.remedy
 
 
 def test_bad_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(MetaDeviceError, match="meta"):
         accelc.compile(Returns(lambda x: x).to("meta"), max_length=16)
+    with pytest.raises(InputError, match="ScriptModule"):
+        accelc.compile(torch.jit.trace(nn.Embedding(11, 11), torch.tensor([[1]])), max_length=16)
     with pytest.raises(NoLogitsError, match=r"\[2, 11\]"):
         accelc.compile(Returns(lambda x: x.mean(1)), max_length=16)
     with pytest.raises(CaptureError, match="depends on values of tensors"):

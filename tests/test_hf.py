@@ -12,7 +12,18 @@ import weakref
 import pytest
 import torch
 from families import FAMILIES
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import accelc
@@ -263,6 +274,23 @@ def test_the_streamer_of_the_call(llama):
     assert mine.values == theirs.values * 2
     with pytest.raises(StreamerError, match="closed"):
         llama.generate(**call, streamer=Recorder(fail=True), custom_generate=hf.decode())
+
+
+def test_stop_strings_by_their_criterion(llama):
+    """transformers loses the tokenizer of a call with custom_generate, which stop_strings= needs."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=ord)[:VOCAB]
+    letters = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    call = {"max_new_tokens": 8, "do_sample": False}
+    free = llama.generate(prompt(), **call)[0, 7:].tolist()
+    stop = tokenizer.decode(free[3:4])
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
+    theirs, ours = both(llama, {"input_ids": prompt()}, stopping_criteria=criteria, **call)
+    assert torch.equal(theirs, ours)
+    assert len(ours[0]) == 7 + free.index(free[3]) + 1
+    with pytest.raises(ValueError, match="tokenizer"):
+        llama.generate(prompt(), **call, stop_strings=[stop], tokenizer=tokenizer, custom_generate=hf.decode())
 
 
 def test_an_assistant_is_refused(llama):

@@ -9,6 +9,7 @@ import torch
 
 from accelc.ir.errors import (
     CopyError,
+    EmptyBatchError,
     InputError,
     RankError,
     SamplingError,
@@ -31,6 +32,13 @@ def test_unknown_options_are_listed_with_the_nearest_known_one(tiny, method):
     with pytest.raises(UnknownOptionError, match=r"sampling=accelc\.SamplingParams\(temperature=0\.5, top_k=3\)"):
         call([1], temperature=0.5, top_k=3)
     assert list(tiny.decoder().generate([1], max_new_tokens=2).tokens[0].shape) == [2]
+
+
+def test_a_prompt_by_the_name_that_transformers_gives_it(tiny):
+    with pytest.raises(UnknownOptionError, match="Give the prompt first, without a name"):
+        tiny.decoder().generate(input_ids=[1])
+    with pytest.raises(EmptyBatchError):
+        tiny.decoder().generate()
 
 
 def test_unknown_sampling_settings_are_named():
@@ -67,7 +75,7 @@ def test_unknown_sampling_settings_are_named():
         ("stop_strings", [""], StopError),
         ("stop_strings", "no tokenizer", StopError),
         ("ignore_eos", "yes", InputError),
-        ("tokenizer", 3, StopError),
+        ("tokenizer", 3, InputError),
     ],
     ids=repr,
 )

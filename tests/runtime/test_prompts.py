@@ -33,6 +33,7 @@ RAGGED = [[5, 9, 2, 4], [7, 11]]
         *((np.array(ROWS, dtype=d), ROWS) for d in (np.int16, np.uint16, np.int32, np.uint32, np.uint64)),
         ([np.array(row) for row in RAGGED], RAGGED),
         ([np.array(RAGGED[0]), torch.tensor(RAGGED[1])], RAGGED),
+        (torch.nested.nested_tensor([torch.tensor(row) for row in RAGGED]), RAGGED),
         ({"input_ids": ROWS}, ROWS),
         ({"input_ids": torch.tensor(ROWS), "attention_mask": None}, ROWS),
         ({"input_ids": [5, 9, 2], "attention_mask": [1, 1, 1]}, [[5, 9, 2]]),

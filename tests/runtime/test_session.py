@@ -104,6 +104,7 @@ def test_closing_gives_the_states_back(tiny, monkeypatch):
         (lambda s: s.rollback([0], [6]), InputError),
         (lambda s: s.rollback([2], [1]), InputError),
         (lambda s: s.rollback([0, 1], [1]), InputError),
+        (lambda s: s.rollback([0, 0], [2, 1]), InputError),
     ],
 )
 def test_mistakes_change_nothing(tiny, act, error):

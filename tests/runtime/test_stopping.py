@@ -85,7 +85,6 @@ def test_tokenizer_objects(tiny):
         {"stop_strings": [""], "tokenizer": words},
         {"stop_strings": [3], "tokenizer": words},
         {"stop_strings": ["x"]},
-        {"tokenizer": 3},
     ],
     ids=lambda options: " ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items()),
 )
