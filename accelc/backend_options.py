@@ -110,13 +110,16 @@ def _reject_unknown(whose: str, given: Mapping[str, object], known: Any) -> None
     unknown = sorted(set(given) - set(known), key=str)
     if unknown:
         near = sorted({match for name in unknown for match in difflib.get_close_matches(str(name), known)})
-        listed = sorted(known) if len(known) < 20 else near
+        if len(known) < 20:
+            remedy = f"Known options: {', '.join(sorted(known))}."
+        elif near:
+            remedy = f"Close to it: {', '.join(near)}."
+        else:
+            remedy = "See torch._inductor.config for those that there are."
         raise UnknownOptionError(
             f"{whose} has no option {', '.join(map(str, unknown))}",
             where="torch.compile(options=...)",
-            remedy=f"{'Known options' if len(known) < 20 else 'Close to it'}: {', '.join(listed)}."
-            if listed
-            else "See torch._inductor.config for those that there are.",
+            remedy=remedy,
         )
 
 

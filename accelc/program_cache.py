@@ -33,6 +33,7 @@ from accelc.fingerprint import tensor_digest
 from accelc.ir import Program
 from accelc.ir.errors import InputError, ProgramFormatError
 from accelc.ir.serial import dumps, loads
+from accelc.passes.memory import is_view
 from accelc.watch import storage_of, tensors_of
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def folded_parameters(programs: Mapping[str, Program], forward: Program) -> set[
         sources = {viewed[n] for n in node.all_input_nodes if n in viewed}
         if holds_data and dependent.intersection(node.all_input_nodes):
             dependent.add(node)
-        elif len(sources) == 1 and _is_view(node.target):
+        elif len(sources) == 1 and is_view(node.target):
             viewed[node] = sources.pop()
         else:
             found |= sources
@@ -159,12 +160,6 @@ def folded_parameters(programs: Mapping[str, Program], forward: Program) -> set[
 
 
 _SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-def _is_view(target: Any) -> bool:
-    """Whether an operator returns memory of its argument and writes nothing."""
-    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
-    return any(r.alias_info and not r.alias_info.is_write for r in returns)
 
 
 def _reads_shape_only(target: Any) -> bool:

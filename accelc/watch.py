@@ -66,9 +66,6 @@ class SeenModule:
         self._scalars = {k: v for k, v in own.items() if type(v) in SCALARS}
         self._plain = {k: memory for k, v in own.items() if (memory := _memory_of_plain(v)) is not None}
 
-    def name(self, leaf: str) -> str:
-        return f"{self.path}.{leaf}" if self.path else leaf
-
     def changed_tensor(self, seen: Mapping[str, SeenTensor], named: Mapping[str, Tensor | None]) -> str:
         """The first of `seen` which is not as it was, with what happened to it; empty for none."""
         for leaf, tensor_seen in seen.items():
@@ -76,7 +73,7 @@ class SeenModule:
             if tensor is None or not tensor_seen.still_is(tensor):
                 change = "is gone" if tensor is None else tensor_seen.what_changed(leaf, tensor)
                 if change:
-                    return f"{self.name(leaf)} {change}"
+                    return f"{dotted(self.path, leaf)} {change}"
         return ""
 
     def changed_parts(self, module: nn.Module) -> str:
@@ -88,10 +85,10 @@ class SeenModule:
         own = vars(module)
         for name, value in self._scalars.items():
             if own.get(name) != value:
-                return f"{self.name(name)} is another value"
+                return f"{dotted(self.path, name)} is another value"
         for name, memory in self._plain.items():
             if _memory_of_plain(own.get(name)) != memory:
-                return f"{self.name(name)} is another tensor"
+                return f"{dotted(self.path, name)} is another tensor"
         return ""
 
 
@@ -123,7 +120,7 @@ class Watch:
         for path, module in model.named_modules():
             tensors = {}
             for leaf, tensor in own_tensors(module):
-                name = f"{path}.{leaf}" if path else leaf
+                name = dotted(path, leaf)
                 storage = storage_of(tensor)
                 if storage in known or storage in folded:
                     tensors[leaf] = SeenTensor.of(tensor, name, live=storage in read and storage not in folded)
@@ -191,7 +188,12 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer by every name it has."""
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in own_tensors(module):
-            yield f"{path}.{name}" if path else name, tensor
+            yield dotted(path, name), tensor
+
+
+def dotted(path: str, leaf: str) -> str:
+    """The name in the model of what a module at `path` has by the name `leaf`."""
+    return f"{path}.{leaf}" if path else leaf
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -42,9 +42,13 @@ def returned_nodes(program: Program, repeats: Repeats) -> Counter[fx.Node]:
     return returned
 
 
+def is_view(target: object) -> bool:
+    """Whether an operator returns memory of its argument; in a functional graph it then is a view."""
+    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
+
+
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The first argument of a view or of the choice of one result."""
-    is_view = isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)
-    if (is_view or node.target is operator.getitem) and node.args and isinstance(node.args[0], fx.Node):
+    if (is_view(node.target) or node.target is operator.getitem) and node.args and isinstance(node.args[0], fx.Node):
         return node.args[0]
     return None

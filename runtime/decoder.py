@@ -175,9 +175,6 @@ class Decoder:
         )
 
     def _read(self, prompt: Prompt) -> list[torch.Tensor]:
-        """The checked rows of a prompt: what every call begins with."""
-        if self._before_call is not None:
-            self._before_call()
         return read_prompts(
             prompt, vocab_size=self.input_vocab_size, max_length=self.max_length, max_batch=self.max_batch
         )
@@ -197,6 +194,8 @@ class Decoder:
         tokenizer: Tokenizer | Decode | None,
     ) -> Generation:
         """Check everything a caller gave, then take states."""
+        if self._before_call is not None:  # `start` leaves that to its session
+            self._before_call()
         if not isinstance(ignore_eos, bool):
             raise InputError(f"ignore_eos is {ignore_eos!r}", remedy="Use True or False.")
         strings = string_list(stop_strings)
