@@ -114,7 +114,8 @@ def compile(
     if read:
         report.notices.append(f"{read} linears and tables of the directory are in few bits since they were read")
     if backend == "native":
-        prepare()  # the compiler, where it is needed, runs beside capture
+        # The compiler, where it is needed, runs beside capture.
+        prepare(quantized=quantizing is not None or bool(read))
     if device.type != "cpu" and backend == "native":
         report.notices.append(f"the native backend is for CPUs; the step runs node by node on {device}")
         backend = "eager"

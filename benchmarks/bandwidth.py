@@ -33,7 +33,7 @@ class Bandwidth:
         self._buffer = torch.ones(size // 4096 * 1024)
         PageExchange([self._buffer]).finish()
         self._threads = threads or torch.get_num_threads()
-        self._library = library()[0]
+        self._library = library().kernels
 
     def read(self, repeats: int = 3, streams: Sequence[int] = STREAMS) -> float:
         """Bytes a second, the best of a few reads (a read can be disturbed, but not be too fast)."""

@@ -9,7 +9,6 @@ What was measured is kept on disk beside the kernels, so that a process only mea
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import logging
@@ -24,7 +23,7 @@ from accelc.codegen.arrays import Array, contiguous
 from accelc.codegen.cache import cache_dir, cached, content_key
 from accelc.codegen.instance import Instance
 from accelc.codegen.instructions import Gemm, Instruction
-from accelc.codegen.native import source_text
+from accelc.codegen.native import Library, source_text
 from accelc.codegen.planner import Roots, assemble
 from accelc.codegen.quantized import LANES, dequantized_pieces
 
@@ -64,7 +63,7 @@ def torchs(ins: Instruction) -> Steps | None:
 class Choice:
     """Decides for the products of one program. `rows`: ours up to so many rows, torch's beyond; None: measured."""
 
-    def __init__(self, rows: int | None, library: ctypes.CDLL, threads: int) -> None:
+    def __init__(self, rows: int | None, library: Library, threads: int) -> None:
         self._rows = rows
         self._library = library
         self._threads = threads

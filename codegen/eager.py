@@ -16,7 +16,7 @@ from torch import Tensor
 
 from accelc.codegen.arrays import CODES, FLOATS
 from accelc.codegen.errors import ToolchainError
-from accelc.codegen.native import library
+from accelc.codegen.native import quantized_library
 from accelc.codegen.options import Options
 from accelc.codegen.step import CompiledStep
 from accelc.ir.quantized import Scheme
@@ -84,7 +84,7 @@ def rounded(
     if weight.dtype not in FLOATS or not weight.numel():
         return round_weight_reference(*given)
     try:
-        kernels = library()[0]
+        kernels = quantized_library()
     except ToolchainError:
         return round_weight_reference(*given)
     scheme = Scheme(bits, group, symmetric, scale_dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from accelc.codegen.arrays import Array
 from accelc.codegen.errors import StepIndexError
 from accelc.codegen.instructions import Gemm, Instruction
+from accelc.codegen.native import Library
 from accelc.codegen.planner import ARENA, Call, Native, Plan, encode
 
 FAILURES = {
@@ -27,9 +28,9 @@ FAILURES = {
 class Instance:
     """Runs a `Plan`. Not thread-safe: it owns the memory of the intermediate values."""
 
-    def __init__(self, plan: Plan, constants: Mapping[int, Tensor], library: ctypes.CDLL, threads: int) -> None:
+    def __init__(self, plan: Plan, constants: Mapping[int, Tensor], library: Library, threads: int) -> None:
         self._plan = plan
-        self._library = library
+        self._kernels = library.kernels
         self._arena = torch.empty(plan.arena_bytes + 64, dtype=torch.uint8)
         start = -self._arena.data_ptr() % 64
         self._arena = self._arena[start:]
@@ -40,7 +41,7 @@ class Instance:
             base = plan.base_of[root]
             self._bases[base] = tensor.untyped_storage().data_ptr()
             self._tensors[base] = tensor
-        self._handle = library.accelc_plan_create(encode(plan), threads)
+        self._handle = library.plan(encode(plan), {ins.op for ins, _ in plan.stream}, threads)
         self._inputs = plan.inputs
         self._stages = [self._stage(stage) for stage in plan.stages]
         self._fresh = [(plan.base_of[root], a.size, a.stride, a.dtype) for root, a in plan.fresh.items()]
@@ -55,7 +56,7 @@ class Instance:
 
     def __del__(self) -> None:
         if handle := getattr(self, "_handle", None):
-            self._library.accelc_plan_free(handle)
+            self._kernels.accelc_plan_free(handle)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run once. `inputs` match the plan's in shape, dtype and contiguity."""
@@ -104,13 +105,13 @@ class Instance:
         """Run `repeats` times; seconds in all, and by instruction of the stream what it waited for others and ran."""
         seconds = (ctypes.c_double * (2 * len(self.stream)))()
         self.run(inputs)  # memory touched, threads awake
-        self._library.accelc_plan_clock(self._handle, seconds)
+        self._kernels.accelc_plan_clock(self._handle, seconds)
         started = time.perf_counter()
         try:
             for _ in range(repeats):
                 self.run(inputs)
         finally:
-            self._library.accelc_plan_clock(self._handle, None)
+            self._kernels.accelc_plan_clock(self._handle, None)
         return time.perf_counter() - started, list(seconds[::2]), list(seconds[1::2])
 
     @property
@@ -127,7 +128,7 @@ class Instance:
 
     def _native(self, stage: Native) -> Callable[[], None]:
         run, handle, bases, begin, end = (
-            self._library.accelc_plan_run,
+            self._kernels.accelc_plan_run,
             self._handle,
             self._bases,
             stage.begin,

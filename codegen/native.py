@@ -1,4 +1,4 @@
-"""The library of CPU kernels: built from codegen/cpu with the toolchain that Inductor uses, cached, called through
+"""The libraries of CPU kernels: built from codegen/cpu with the toolchain that Inductor uses, cached, called through
 ctypes.
 
 The source depends on no header of torch, so the build takes seconds, and `-march=native` is the run-time dispatch:
@@ -13,11 +13,15 @@ import functools
 import shutil
 import subprocess
 import threading
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelc.codegen.cache import cache_dir, cached, content_key
 from accelc.codegen.errors import ToolchainError
+from accelc.codegen.instructions import OPS
 from accelc.ir.compat import cpp_compiler
 
 SOURCE = Path(__file__).parent / "cpu"
@@ -34,7 +38,27 @@ FLAGS = [
 ]
 # Not -ffast-math: it would fold the rounding trick of vexp away, and -inf is a value here.
 
-_building = threading.Lock()
+KERNELS, QUANTIZED = ("kernels", "linear"), ("quantized", "rounding")
+"""Files of the two libraries. The second takes as long to build as the first, and most programs do without."""
+
+_building = {KERNELS: threading.Lock(), QUANTIZED: threading.Lock()}
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded kernels."""
+
+    kernels: ctypes.CDLL
+    march: str
+    cached: bool
+    """They were built by an earlier process."""
+
+    def plan(self, words: Any, operations: Collection[str], threads: int) -> int:
+        """The handle of a plan of these operations, for a team of so many threads. Raises `ToolchainError`."""
+        if "quantized_linear" in operations:
+            quantized_library(self.march)
+        handle: int = self.kernels.accelc_plan_create(words, threads)
+        return handle
 
 
 def source_text() -> str:
@@ -42,40 +66,59 @@ def source_text() -> str:
     return "\n".join(f"// {p.name}\n{p.read_text()}" for p in sorted(SOURCE.iterdir()) if p.suffix in (".h", ".cpp"))
 
 
-def prepare() -> None:
+def prepare(*, quantized: bool = False) -> None:
     """Load the kernels, and build them where the cache does not have them, beside the caller's work.
 
-    `library` waits for it, and raises what went wrong.
+    `library` and `quantized_library` wait for it, and raise what went wrong.
     """
 
-    def load() -> None:
-        with contextlib.suppress(ToolchainError):  # `library` tries again and tells
-            library()
+    def load(needed: Callable[[], object]) -> None:
+        with contextlib.suppress(ToolchainError):  # who needs it tries again and tells
+            needed()
 
-    threading.Thread(target=load, name="accelc-kernels").start()
+    for needed in (library, quantized_library) if quantized else (library,):
+        threading.Thread(target=load, args=(needed,), name="accelc-kernels").start()
 
 
-def library(march: str = "native") -> tuple[ctypes.CDLL, bool]:
-    """The loaded kernels, and whether they came from the cache. Raises `ToolchainError`."""
-    with _building:
+def library(march: str = "native") -> Library:
+    """The kernels of all programs. Raises `ToolchainError`."""
+    with _building[KERNELS]:
         return _library(march)
 
 
+def quantized_library(march: str = "native") -> ctypes.CDLL:
+    """The kernels for weights in few bits, which those of all programs then know. Raises `ToolchainError`."""
+    with _building[QUANTIZED]:
+        return _quantized_library(march)
+
+
 @functools.cache
-def _library(march: str) -> tuple[ctypes.CDLL, bool]:
+def _library(march: str) -> Library:
+    kernels, hit = _built(KERNELS, march, _load)
+    return Library(kernels, march, hit)
+
+
+@functools.cache
+def _quantized_library(march: str) -> ctypes.CDLL:
+    loaded, _ = _built(QUANTIZED, march, _load_quantized)
+    run = ctypes.cast(loaded.accelc_run_quantized_linear, ctypes.c_void_p)
+    library(march).kernels.accelc_kernel_set(OPS.index("quantized_linear"), run)
+    return loaded
+
+
+def _built(units: tuple[str, ...], march: str, load: Callable[[Path], ctypes.CDLL]) -> tuple[ctypes.CDLL, bool]:
     flags = [*FLAGS, f"-march={march}"]
-    path = cache_dir() / "kernels" / f"{content_key(source_text(), ' '.join(flags))}.so"
-    return cached(path, lambda scratch: _build(scratch, flags), _load)
+    key = content_key(source_text(), " ".join((*units, *flags)))
+    return cached(cache_dir() / "kernels" / f"{key}.so", lambda scratch: _build(scratch, units, flags), load)
 
 
-def _build(target: Path, flags: list[str]) -> None:
+def _build(target: Path, units: tuple[str, ...], flags: list[str]) -> None:
     compiler = cpp_compiler()
     if compiler is None or shutil.which(compiler) is None:
-        raise ToolchainError("No C++ compiler was found.", where=f"compiling {SOURCE.name}/kernels.cpp")
-    units = sorted(SOURCE.glob("*.cpp"))
-    objects = [target.with_name(f"{target.name}.{unit.stem}.o") for unit in units]
+        raise ToolchainError("No C++ compiler was found.", where=f"compiling {SOURCE.name}/{units[0]}.cpp")
+    objects = [target.with_name(f"{target.name}.{unit}.o") for unit in units]
     compiling = [flag for flag in flags if flag != "-shared"]
-    commands = [[compiler, *compiling, "-c", str(u), "-o", str(o)] for u, o in zip(units, objects)]
+    commands = [[compiler, *compiling, "-c", str(SOURCE / f"{u}.cpp"), "-o", str(o)] for u, o in zip(units, objects)]
     try:
         with ThreadPoolExecutor(len(units)) as pool:  # a process each
             list(pool.map(_run, commands))
@@ -102,14 +145,25 @@ def _load(path: Path) -> ctypes.CDLL:
         lib.accelc_plan_clock.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         lib.accelc_read.restype = ctypes.c_float
         lib.accelc_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
+        lib.accelc_kernel_set.restype = None
+        lib.accelc_kernel_set.argtypes = [ctypes.c_int32, ctypes.c_void_p]
+        lib.accelc_plan_run.restype = ctypes.c_int32
+        lib.accelc_plan_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    except AttributeError as error:
+        raise ValueError(f"not a kernel library: {error}") from error
+    return lib
+
+
+def _load_quantized(path: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
+    try:
         lib.accelc_round.restype = None
         lib.accelc_round.argtypes = [
             ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
             ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32,
         ]  # fmt: skip
-        lib.accelc_plan_run.restype = ctypes.c_int32
-        lib.accelc_plan_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        lib.accelc_run_quantized_linear  # noqa: B018 - it is there
     except AttributeError as error:
         raise ValueError(f"not a kernel library: {error}") from error
     return lib

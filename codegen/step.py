@@ -82,9 +82,9 @@ class CompiledStep:
         self._regions = Regions(options, self.report, symbolic)
         started = time.perf_counter()
         if options.mode == "compile":
-            self._library, hit = native.library(options.march)
+            self._library = native.library(options.march)
             self._choice = Choice(options.gemm_rows, self._library, self._threads)
-            self.report.count(hit)
+            self.report.count(self._library.cached)
             self.report.add_seconds("kernels", time.perf_counter() - started)
             self._instance(self._sizes(examples))
             if options.huge_pages:

@@ -16,8 +16,8 @@ aten = torch.ops.aten
 COMPARISONS = {aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.isin}
 SHARE = 0.35
 """Share of drawn tokens that are ids which the forward compares its tokens with."""
-LENGTH, SUSPECTED_LENGTH = 64, 1024
-"""Longest sequence probed, ordinarily and when an index table was seen to depend on the total length."""
+QUICK_LENGTH, LENGTH, SUSPECTED_LENGTH = 23, 64, 1024
+"""Longest sequence probed: quickly, thoroughly, and when an index table was seen to depend on the total length."""
 
 
 def draw_tokens(forward: Program, batch: int, length: int, generator: torch.Generator) -> Tensor:
@@ -81,28 +81,36 @@ def changed_tokens(forward: Program, tokens: Tensor) -> Tensor:
 def probe_causality(forward: Program, changed: Tensor, expected: Tensor, bound: float) -> None:
     """Changing later tokens must leave earlier logits as they were. Raises `NotCausalError` naming the position.
 
-    `changed`: the logits [B, T, V] for `changed_tokens`; `expected`: for the tokens as they were.
+    `changed`: the logits [b, T, V] for `changed_tokens`; `expected`: [B, T, V] for the tokens as they were, b <= B.
     """
     cut = expected.shape[1] // 2
-    _compare(forward, changed, expected, cut, bound, f"tokens from position {cut} on change")
+    _compare(forward, changed, expected[: len(changed)], cut, bound, f"tokens from position {cut} on change")
 
 
 def probe_lengths(
-    forward: Program, bound: float, generator: torch.Generator, *, suspected: bool, thorough: bool
-) -> None:
+    forward: Program, tokens: Tensor, known: Tensor, bound: float, generator: torch.Generator, *,
+    suspected: bool, thorough: bool
+) -> None:  # fmt: skip
     """The logits of a prefix must not depend on how long the sequence is. Raises `NotCausalError`.
 
-    Runs one sequence of up to 64 tokens (1024 when a table was seen to depend on the length) and several prefixes;
-    half as many of each unless `thorough`.
+    Runs one sequence that goes on from `tokens` [1, T], whose logits `known` [1, T, V] are, up to 23 tokens, and a
+    prefix of two. Thoroughly: up to 64 (1024 when a table was seen to depend on the length), and several prefixes.
     """
     facts: dict[str, object] = forward.facts["capture"]  # type: ignore[assignment]
-    most = SUSPECTED_LENGTH if suspected else LENGTH if thorough else LENGTH // 2
+    most = SUSPECTED_LENGTH if suspected else LENGTH if thorough else QUICK_LENGTH
     longest = min(int(facts["max_length"]), most)  # type: ignore[call-overload]
-    tokens = draw_tokens(forward, 1, longest, generator)
-    expected = forward.run(tokens)[0]
-    pieces = 16 if suspected else 4 if thorough else 2
-    few = {2, 3, 7} if thorough or suspected else {2}
-    for n in sorted({*few, longest - 1, *(longest * i // pieces for i in range(1, pieces))}):
+    short = tokens.shape[1]
+    if longest > short:
+        tokens = torch.cat([tokens, draw_tokens(forward, 1, longest - short, generator)], dim=1)
+        expected = forward.run(tokens)[0]
+        _compare(forward, known, expected, short, bound, f"the sequence ends after {short} tokens")
+    else:
+        expected = known
+    prefixes = {2}
+    if thorough or suspected:
+        pieces = 16 if suspected else 4
+        prefixes |= {3, 7, longest - 1, *(longest * i // pieces for i in range(1, pieces))}
+    for n in sorted(prefixes):
         if 2 <= n < longest:
             _compare(forward, forward.run(tokens[:, :n])[0], expected, n, bound, f"the sequence ends after {n} tokens")
 

@@ -5,35 +5,23 @@
 #include "index.h"
 #include "map.h"
 #include "product.h"
-#include "weights.h"
 #include <omp.h>
-#include <sched.h>
 
 namespace accelc {
 
-constexpr int SPINS = 4096;  // about 0.1 ms
-
-void Work::wait() const {
-  for (int spins = 0; inside.load(std::memory_order_acquire) > 0; spins++) {
-    // A partner that the machine has taken off its core must get the chance to come back.
-    if (spins > SPINS) sched_yield();
-#if defined(__x86_64__)
-    else _mm_pause();
-#endif
-  }
-}
+void run_linear(const Instruction& ins, Team& team);  // linear.cpp
 
 typedef void (*Kernel)(const Instruction&, Team&);
 typedef int64_t (*Scratch)(const Instruction&);
 struct Op { Kernel run; Scratch scratch; };
 int64_t no_scratch(const Instruction&) { return 0; }
 
-// In the order of accelc.codegen.instructions.OPS.
-constexpr Op OPS[] = {
+// In the order of accelc.codegen.instructions.OPS. Null: in a library of its own, which accelc_kernel_set adds.
+Op OPS[] = {
     {run_linear, no_scratch},        {attention, Attention::scratch}, {norm, norm_scratch}, {rotary, rotary_scratch},
     {pointwise, pointwise_scratch}, {copy, no_scratch},           {gather, no_scratch}, {cache_update, no_scratch},
     {product, Product::scratch}, {softmax, softmax_scratch},      {map, no_scratch},  {index, no_scratch},
-    {key_positions, no_scratch}, {visible, no_scratch}, {run_quantized_linear, no_scratch},
+    {key_positions, no_scratch}, {visible, no_scratch}, {nullptr, no_scratch},
     {quantized_embedding, no_scratch}, {dequantize, no_scratch},
 };
 
@@ -107,6 +95,8 @@ struct Reader {
 }  // namespace accelc
 
 extern "C" {
+
+void accelc_kernel_set(int32_t op, void* run) { accelc::OPS[op].run = (accelc::Kernel)run; }
 
 // words: number of instructions, then each as op, sync, counts of tensors, ints and floats, and these (accelc.codegen.plan).
 void* accelc_plan_create(const int64_t* words, int64_t threads) {

@@ -1,5 +1,6 @@
 // What a compiled step is to the machine: a list of instructions over described buffers, run by a team of threads.
 #pragma once
+#include <sched.h>
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -37,7 +38,16 @@ struct alignas(64) Work {
   void enter() { inside.fetch_add(1, std::memory_order_acq_rel); }
   void leave() { inside.fetch_sub(1, std::memory_order_acq_rel); }
   // For a thread that saw the last item handed out: it then also sees everybody who got one enter (`cursor` carries that).
-  void wait() const;
+  void wait() const {
+    constexpr int SPINS = 4096;  // about 0.1 ms
+    for (int spins = 0; inside.load(std::memory_order_acquire) > 0; spins++) {
+      // A partner that the machine has taken off its core must get the chance to come back.
+      if (spins > SPINS) sched_yield();
+#if defined(__x86_64__)
+      else _mm_pause();
+#endif
+    }
+  }
 };
 
 // The threads that run one instruction together; `next` hands out work items. An instruction with a second part, which reads
