@@ -10,6 +10,7 @@
 namespace accelc {
 
 void run_linear(const Instruction& ins, Team& team);  // linear.cpp
+int64_t run_linear_scratch(const Instruction& ins);
 
 typedef void (*Kernel)(const Instruction&, Team&);
 typedef int64_t (*Scratch)(const Instruction&);
@@ -18,7 +19,7 @@ int64_t no_scratch(const Instruction&) { return 0; }
 
 // In the order of accelc.codegen.instructions.OPS. Null: in a library of its own, which accelc_kernel_set adds.
 Op OPS[] = {
-    {run_linear, no_scratch},        {attention, Attention::scratch}, {norm, norm_scratch}, {rotary, rotary_scratch},
+    {run_linear, run_linear_scratch},        {attention, Attention::scratch}, {norm, norm_scratch}, {rotary, rotary_scratch},
     {pointwise, pointwise_scratch}, {copy, no_scratch},           {gather, no_scratch}, {cache_update, no_scratch},
     {product, Product::scratch}, {softmax, softmax_scratch},      {map, no_scratch},  {index, no_scratch},
     {key_positions, no_scratch}, {visible, no_scratch}, {nullptr, no_scratch},

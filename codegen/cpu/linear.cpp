@@ -3,4 +3,5 @@
 
 namespace accelc {
 void run_linear(const Instruction& ins, Team& team) { linear(ins, team); }
+int64_t run_linear_scratch(const Instruction& ins) { return linear_scratch(ins); }
 }  // namespace accelc

@@ -9,6 +9,8 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include "panel.h"
 #include "plan.h"
 
 namespace accelc {
@@ -77,6 +79,9 @@ inline void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t k
   }
 }
 
+// Rows of x from which on panels are faster.
+template <class T> constexpr int64_t PANEL_ROWS = std::is_same_v<T, bf16> ? 24 : 10;
+
 template <class T> struct Linear {
   static constexpr int MR = 4, NR = 4;  // 16 sums and 8 operands: fits the 32 registers of AVX-512
   const T *x, *w, *bias, *residual;
@@ -111,6 +116,33 @@ template <class T> struct Linear {
     for (int64_t i = 0; i < apart; i++) block<NR>(n + i, apart);
     for (n += apart * NR; n < end; n++) block<1>(n, 0);
   }
+#ifdef PANELS
+  void put_row(int64_t m, int64_t n, int64_t count, const float* sums) const {
+    int64_t j = 0;
+    for (; j + W <= count; j += W) {
+      vf v = load(sums + j);
+      if (bias) v += load(bias + n + j);
+      if (residual) v += load(residual + m * ldr + n + j);
+      store(out + m * ldo + n + j, v);
+    }
+    for (; j < count; j++) put(m, n + j, sums[j]);
+  }
+  void panels(Team& team) const {
+    Pieces pieces{n_size, Panels::NR, k_size * int64_t(sizeof(T)), team.size};
+    bool taken = false;
+    for (int64_t begin, end; pieces.take(team, begin, end);)
+      for (int64_t first = 0; first < m_size; first += Panels::TOGETHER) {
+        const Panels rows(std::min(Panels::TOGETHER, m_size - first), team.scratch);
+        if (!taken || m_size > Panels::TOGETHER) rows.take(x + first * ldx, ldx, k_size);
+        taken = true;
+        for (int64_t n = begin; n < end; n += Panels::NR) {
+          const int64_t count = std::min<int64_t>(Panels::NR, end - n);
+          rows.times(w + n * ldw, ldw, count, k_size);
+          for (int64_t m = 0; m < rows.rows; m++) put_row(first + m, n, count, rows.sums + m * Panels::NR);
+        }
+      }
+  }
+#endif
 };
 
 // tensors: x [M, K], w [N, K], bias [N] | none, residual [M, N] | none, out [M, N]
@@ -119,8 +151,22 @@ template <class T> void linear_as(const Instruction& ins, Team& team) {
   Linear<T> op{team.at<T>(x), team.at<T>(w), ins.t(2) ? team.at<T>(ins.t(2)) : nullptr, res ? team.at<T>(res) : nullptr,
                team.at<T>(out), x.size[0], w.size[0], x.size[1], x.stride[0], w.stride[0], out.stride[0],
                res ? res.stride[0] : 0};
+#ifdef PANELS
+  if (op.m_size >= PANEL_ROWS<T>) return op.panels(team);
+#endif
   Pieces pieces{op.n_size, Linear<T>::NR, op.k_size * int64_t(sizeof(T)), team.size};
   for (int64_t begin, end; pieces.take(team, begin, end);) op.range(begin, end);
+}
+
+inline int64_t linear_scratch(const Instruction& ins) {
+  int64_t floats = 0;
+#ifdef PANELS
+  const Tensor& x = ins.t(0);
+  with_dtype(ins.t(1).dtype, [&](auto tag) {
+    if (x.size[0] >= PANEL_ROWS<decltype(tag)>) floats = Panels::scratch(x.size[0], x.size[1]);
+  });
+#endif
+  return floats;
 }
 
 inline void linear(const Instruction& ins, Team& team) {

@@ -50,6 +50,7 @@ def test_second_process_builds_nothing_and_damage_is_repaired(tmp_path: Path) ->
     assert run(tmp_path) == [1, 1, EXPECTED, []]  # one region is missing
     assert run(tmp_path) == [2, 0, EXPECTED, []]
     assert not list(tmp_path.rglob("*.tmp"))
+    assert list((tmp_path / "kernels").iterdir()) == [kernels]  # those for weights in few bits were not needed
     (region,) = (tmp_path / "regions").iterdir()
     for path, load in ((kernels, native._load), (region, lambda path: load_inductor_artifact(str(path)))):
         good, bad = path.read_bytes(), path.with_suffix(".bad")
@@ -58,6 +59,13 @@ def test_second_process_builds_nothing_and_damage_is_repaired(tmp_path: Path) ->
             _, hit = cached(bad, lambda scratch, good=good: scratch.write_bytes(good), load)
         assert not hit
         assert bad.read_bytes() == good
+
+
+def test_each_library_is_known_by_its_functions() -> None:
+    plain, quantized = (Path(lib._name) for lib in (native.library().kernels, native.quantized_library()))
+    for path, load in ((plain, native._load_quantized), (quantized, native._load)):
+        with pytest.raises(ValueError, match="not a kernel library"):
+            load(path)
 
 
 def test_missing_compiler_is_named(tmp_path: Path) -> None:

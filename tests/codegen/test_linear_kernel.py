@@ -1,4 +1,4 @@
-"""Linears with few rows (our kernel) and many (torch's), against float64."""
+"""Linears with few rows (dot products) and many (panels), against float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import torch
 from codegen_single import run_single
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import fx
+
+from accelc.codegen import CompiledStep, Options
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LINEAR = torch.ops.aten.linear.default
@@ -50,17 +53,36 @@ def test_other_instruction_sets(march: str, dtype: torch.dtype) -> None:
     check(1, 9000, 19, dtype, True, march=march)
 
 
+@pytest.mark.parametrize("march", ["native", "x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs an x86 processor")
+def test_many_rows(march: str, dtype: torch.dtype) -> None:
+    """Rows in panels, all in one go and, beyond 512, in several; chunks of columns, and what is left of them."""
+    for rows, inner, outer in ((12, 300, 50), (30, 520, 16), (515, 77, 33), (1030, 9, 40)):
+        check(rows, inner, outer, dtype, True, march=march)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [3, 30])
+def test_with_a_residual(rows: int, threads: int) -> None:
+    graph = fx.Graph()
+    x, w, r = (graph.placeholder(name) for name in "xwr")
+    linear = graph.call_function(LINEAR, (x, w))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (linear, r)),))
+    inputs = (torch.randn(rows, 100), torch.randn(300, 100), torch.randn(rows, 300))
+    step = CompiledStep(fx.GraphModule(torch.nn.Module(), graph), inputs, {}, Options(threads=threads))
+    assert not step.report.foreign
+    torch.testing.assert_close(step(*inputs)[0], inputs[0] @ inputs[1].T + inputs[2], atol=1e-4, rtol=1e-5)
+
+
 def test_rows_in_any_layout() -> None:
     """A slice of the last token of each row: rows with a stride."""
-    from torch import fx
-
-    from accelc.codegen import CompiledStep, Options
-
     graph = fx.Graph()
     x, w = graph.placeholder("x"), graph.placeholder("w")
     last = graph.call_function(torch.ops.aten.slice.Tensor, (x, 1, -1))
     graph.output((graph.call_function(LINEAR, (last, w)),))
-    inputs = (torch.randn(3, 5, 20), torch.randn(6, 20))
-    step = CompiledStep(fx.GraphModule(torch.nn.Module(), graph), inputs, {}, Options())
-    assert not step.report.foreign
-    torch.testing.assert_close(step(*inputs)[0], inputs[0][:, -1:] @ inputs[1].T)
+    for batch in (3, 40):
+        inputs = (torch.randn(batch, 5, 20), torch.randn(6, 20))
+        step = CompiledStep(fx.GraphModule(torch.nn.Module(), graph), inputs, {}, Options())
+        assert not step.report.foreign
+        torch.testing.assert_close(step(*inputs)[0], inputs[0][:, -1:] @ inputs[1].T)
