@@ -60,7 +60,7 @@ def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Progra
             name = str(node.args[0].target)
             if name in writes:
                 raise InvariantError(f"the input {name} is written twice", where=describe(node))
-            writes[name] = env[node.args[1]]
+            writes[name] = env[node] = env[node.args[1]]
         elif node.op == "call_function" and not node.users and node.is_impure():
             raise InvariantError(f"{node.name} is called for its effect", where=describe(node))
         elif stale := [n for n in node.all_input_nodes if n.op == "placeholder" and n.target in writes]:
@@ -110,9 +110,20 @@ def write_back(program: Program, graph: fx.Graph) -> fx.Graph:
     returned, new_values = values[: len(values) - len(written)], values[len(values) - len(written) :]
     fill_values(fresh, module)
     old_values = {str(n.args[0].target): n.args[1] for n in graph.nodes if is_input_write(n)}
+    # What was written may be returned as well: then it is the input itself.
+    inputs = {
+        i: str(old.args[0].target)
+        for i, old in enumerate(before.args[0])
+        if isinstance(old, fx.Node) and is_input_write(old)
+    }
+    returned = [None if i in inputs else value for i, value in enumerate(returned)]
     returned = keep_outputs(before.args[0], returned, [old_values[name] for name in written], new_values)
+    copies = {}
     for name, value in zip(written, new_values, strict=True):
-        fresh.call_function(COPY, (placeholders[name], value)).meta["val"] = placeholders[name].meta["val"]
+        copies[name] = fresh.call_function(COPY, (placeholders[name], value))
+        copies[name].meta["val"] = placeholders[name].meta["val"]
+    for i, name in inputs.items():
+        returned[i] = copies[name]
     fresh.output(type(before.args[0])(returned)).meta = dict(before.meta)
     expand(fresh, module, {n.target for n in graph.nodes})
     fresh.lint()

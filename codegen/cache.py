@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 
+from accelc.codegen.errors import CacheDirectoryError
+
 T = TypeVar("T")
 
 
@@ -54,7 +56,8 @@ def cached(path: Path, build: Callable[[Path], None], load: Callable[[Path], T])
     hit.
 
     Safe under concurrent processes: each builds into a name of its own and renames, the last one wins, all are equal.
-    A file that `load` rejects (OSError or ValueError) is announced once, removed and rebuilt.
+    A file that `load` rejects (OSError or ValueError) is announced once, removed and rebuilt. Raises
+    `CacheDirectoryError` where nothing can be written.
     """
     if path.exists():
         try:
@@ -62,7 +65,7 @@ def cached(path: Path, build: Callable[[Path], None], load: Callable[[Path], T])
         except (OSError, ValueError) as error:
             warnings.warn(f"accelc: rebuilding the unreadable cache entry {path.name}: {error}", stacklevel=2)
             path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         build(scratch)
@@ -74,5 +77,14 @@ def cached(path: Path, build: Callable[[Path], None], load: Callable[[Path], T])
 
 def temporary_dir() -> tempfile.TemporaryDirectory[str]:
     """A scratch directory on the cache's file system, so that renames out of it are atomic."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
+    _make(cache_dir())
     return tempfile.TemporaryDirectory(dir=cache_dir())
+
+
+def _make(directory: Path) -> None:
+    """Create a directory of the cache, and see that files can be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise CacheDirectoryError(f"nothing can be written to the cache: {error}", where=str(directory)) from error

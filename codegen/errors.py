@@ -14,6 +14,12 @@ class ToolchainError(CompileError):
     )
 
 
+class CacheDirectoryError(CompileError):
+    """What is compiled has no place on disk, from where it is loaded."""
+
+    remedy = "Set ACCELC_CACHE_DIR to a directory that can be written to, with some 100 MB free."
+
+
 class RegionError(CompileError):
     """Inductor could not compile a region of the program; the region then runs node by node."""
 

@@ -138,6 +138,44 @@ def test_writes_to_inputs_and_buffers_arrive(freeze: bool) -> None:
     assert module.calls.tolist() == [3, 3]
 
 
+class ReturnsWhatItWrites(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(3))
+
+    def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        self.last.copy_(x * 2)
+        cache.add_(x)
+        return cache[1:], cache, self.last, self.last + 1
+
+
+def test_what_is_written_may_be_returned() -> None:
+    module = ReturnsWhatItWrites()
+    eager, run = copy.deepcopy(module), compiled(module)
+    cache, eager_cache = torch.zeros(3), torch.zeros(3)
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(3)
+            results, expected = run(x, cache), eager(x, eager_cache)
+            torch.testing.assert_close((results, cache), (expected, eager_cache))
+            assert results[1] is cache
+            assert results[2] is module.last
+
+
+def test_a_compiled_forward_generates_with_a_static_cache() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=31,
+        max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(2, 31, (2, 5))
+    given = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **given)
+    model.forward = torch.compile(model.forward, backend="accelc")
+    assert torch.equal(model.generate(ids, cache_implementation="static", **given), expected)
+
+
 def test_outputs_keep_their_memory_and_strides() -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
         y = x.sin()

@@ -60,6 +60,35 @@ class OverTheBatch(Model):
         return self.head(self.mix(x - x.mean(0, keepdim=True)))
 
 
+class RanksAcrossRows(Model):
+    """As routers with a capacity do: seen in the numbers only once 50 tokens are there."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.mix(self.token(ids))
+        rank = (x[..., 0] > 0).reshape(-1).long().cumsum(0).view(ids.shape)
+        return self.head(x + (rank <= 50)[..., None] * x)
+
+
+class ByPlaceInTheBatch(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        late = (torch.arange(ids.shape[0]) >= 20).float()
+        return self.head(self.mix(self.token(ids))) * (1 - 2 * late)[:, None, None]
+
+
+class HoleInTheMask(Model):
+    """Two positions, far from the beginning, see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mask = torch.ones(32, 32).tril().bool()
+        mask[28:30, 28:30] = True
+        self.register_buffer("mask", mask)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, length = self.token(ids), ids.shape[1]
+        return self.head(F.scaled_dot_product_attention(x, x, x, self.mask[:length, :length]))
+
+
 class OverAllTokens(Model):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.token(ids)
@@ -90,6 +119,9 @@ class Integers(Model):
         (Random, CaptureError, "for the same ids", "random numbers"),
         (NoNumber, NonFiniteLogitsError, "NaN", "Check the weights"),
         (OverTheBatch, CheckError, "of the logits' spread", "statistics over the batch"),
+        (RanksAcrossRows, DeriveError, "accumulates along the rows of the batch", "a running sum"),
+        (ByPlaceInTheBatch, DeriveError, "the number of a row", "pick values"),
+        (HoleInTheMask, NotCausalError, "lets position 28 see position 29", "attention without a causal mask"),
         (OverAllTokens, DeriveError, "reduces over the sequence", "a running sum"),
         (WithItem, DeriveError, "read from a tensor", "leave out .item()"),
         (LengthAsNumber, DeriveError, "sequence length as a number", "a running sum"),

@@ -160,10 +160,42 @@ def _without_time(analysis: Analysis, tables: Tables, node: fx.Node, roles: Role
 
 
 def _arange(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
-    """Row numbers of a batch or of merged rows, counted again for the step's sizes."""
+    """Row numbers of a batch or of merged rows, counted again for the step's sizes: to pick values by, no value."""
     (size,) = analysis.sizes(node)
+    if (user := _arithmetic_with(node)) is not None:
+        raise analysis.refuse(
+            node,
+            f"gives {user.name} the number of a row, so that equal rows differ by their place in the batch",
+            remedy="Compute logits from a row's own tokens; row numbers may pick values by, and nothing else.",
+        )
     value = node.meta["val"]
     return Call(aten.arange.default, (Dim(size, roles[0]),), {"dtype": value.dtype, "device": value.device})
+
+
+def _arithmetic_with(rows: fx.Node) -> fx.Node | None:
+    """The first operation that makes floats of row numbers."""
+    stack, seen = [rows], {rows}
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            value = user.meta.get("val")
+            if user in seen or not isinstance(value, Tensor) or _picks_by(user, node):
+                continue
+            if value.is_floating_point():
+                return user
+            seen.add(user)
+            stack.append(user)
+    return None
+
+
+def _picks_by(user: fx.Node, index: fx.Node) -> bool:
+    """Whether `user` reads `index` for where to find values, or what to leave out, and not as a value."""
+    if user.target is aten.where.self:
+        return False
+    return bool(user.args) and user.args[0] is not index and getattr(user.target, "overloadpacket", None) in _PICKS
+
+
+_PICKS = {aten.index, aten.index_put, aten.index_select, aten.gather, aten.scatter, aten.scatter_add, aten.embedding}
 
 
 def _rows(analysis: Analysis, tables: Tables, node: fx.Node, roles: Roles) -> Call:

@@ -97,9 +97,12 @@ def _along(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
         return _running_sum(analysis, node, source, dim % rank, roles)
     if size.is_time and packet is aten.topk:
         return top_keys(analysis, node, source, dim % rank, roles)
+    accumulates = packet in (aten.cumsum, aten.cumprod, aten.logcumsumexp)
+    what = "accumulates" if accumulates else "sorts"
     if size.time:
-        what = "accumulates" if packet in (aten.cumsum, aten.cumprod, aten.logcumsumexp) else "sorts"
         raise analysis.refuse(node, f"{what} along the sequence, which needs running state")
+    if size.batch or (size.rows and accumulates):
+        raise analysis.refuse(node, f"{what} along the rows of the batch, so that a row changes with the others")
     if size.rows:
         return router(analysis, node, roles)
     call = rebuilt(analysis, node, {0: Want(source, roles)})

@@ -13,6 +13,7 @@ import pytest
 
 from accelc.codegen import native
 from accelc.codegen.cache import cached
+from accelc.codegen.errors import CacheDirectoryError
 from accelc.ir.compat import load_inductor_artifact
 
 PROGRAM = """
@@ -71,6 +72,13 @@ def test_each_library_is_known_by_its_functions() -> None:
 def test_missing_compiler_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"ToolchainError: (.|\n)*remedy: Install g\+\+"):
         run(tmp_path, CXX="no-such-compiler", PATH="")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheDirectoryError, match="file") as raised:
+        cached(tmp_path / "file" / "kernels" / "entry", Path.touch, Path.read_text)
+    assert "ACCELC_CACHE_DIR" in raised.value.remedy
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
