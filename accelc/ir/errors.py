@@ -177,7 +177,10 @@ class BatchSizeError(InputError):
 class PromptTooLongError(InputError):
     """Prompt and new tokens do not fit into max_length."""
 
-    remedy = "Shorten the prompt, lower max_new_tokens, or compile with a larger max_length."
+    remedy = (
+        "Shorten the prompt, lower max_new_tokens, or compile with a larger max_length "
+        "(--max-length on the command line)."
+    )
 
 
 class DTypeError(InputError):
