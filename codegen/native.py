@@ -13,9 +13,9 @@ import functools
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,48 @@ FLAGS = [
 ]
 # Not -ffast-math: it would fold the rounding trick of vexp away, and -inf is a value here.
 
-KERNELS, QUANTIZED = ("kernels", "linear"), ("quantized", "rounding")
-"""Files of the two libraries. The second takes as long to build as the first, and most programs do without."""
+_P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
-_building = {KERNELS: threading.Lock(), QUANTIZED: threading.Lock()}
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A library: its source files, and the types of its functions, the result's first."""
+
+    units: tuple[str, ...]
+    functions: Mapping[str, tuple[Any, ...]]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def load(self, path: Path) -> ctypes.CDLL:
+        """The library at `path`. Raises OSError for a damaged file and ValueError for another library."""
+        lib = ctypes.CDLL(str(path))
+        try:
+            for name, (result, *arguments) in self.functions.items():
+                function = getattr(lib, name)
+                function.restype, function.argtypes = result, arguments
+        except AttributeError as error:
+            raise ValueError(f"not a kernel library: {error}") from error
+        return lib
+
+
+KERNELS = Part(
+    ("kernels", "linear"),
+    {
+        "accelc_kernel_set": (None, _I32, _P),
+        "accelc_plan_create": (_P, _P, _I64),
+        "accelc_plan_free": (None, _P),
+        "accelc_plan_clock": (None, _P, _P),
+        "accelc_plan_run": (_I32, _P, _P, _I64, _I64),
+        "accelc_read": (ctypes.c_float, _P, _I64, _I32, _I32),
+    },
+)
+QUANTIZED = Part(
+    ("quantized", "rounding"),
+    {
+        "accelc_run_quantized_linear": (None, _P, _P),
+        "accelc_round": (None, _P, _I32, _I64, _I64, _I64, _I64, _I32, _I32, _I32, _P, _I64, _P, _P, _P, _P, _I32),
+    },
+)
+"""For weights in few bits. It takes as long to build as the other, and most programs do without."""
 
 
 @dataclass(frozen=True)
@@ -82,34 +120,34 @@ def prepare(*, quantized: bool = False) -> None:
 
 def library(march: str = "native") -> Library:
     """The kernels of all programs. Raises `ToolchainError`."""
-    with _building[KERNELS]:
+    with KERNELS.lock:
         return _library(march)
 
 
 def quantized_library(march: str = "native") -> ctypes.CDLL:
     """The kernels for weights in few bits, which those of all programs then know. Raises `ToolchainError`."""
-    with _building[QUANTIZED]:
+    with QUANTIZED.lock:
         return _quantized_library(march)
 
 
 @functools.cache
 def _library(march: str) -> Library:
-    kernels, hit = _built(KERNELS, march, _load)
+    kernels, hit = _built(KERNELS, march)
     return Library(kernels, march, hit)
 
 
 @functools.cache
 def _quantized_library(march: str) -> ctypes.CDLL:
-    loaded, _ = _built(QUANTIZED, march, _load_quantized)
+    loaded, _ = _built(QUANTIZED, march)
     run = ctypes.cast(loaded.accelc_run_quantized_linear, ctypes.c_void_p)
     library(march).kernels.accelc_kernel_set(OPS.index("quantized_linear"), run)
     return loaded
 
 
-def _built(units: tuple[str, ...], march: str, load: Callable[[Path], ctypes.CDLL]) -> tuple[ctypes.CDLL, bool]:
+def _built(part: Part, march: str) -> tuple[ctypes.CDLL, bool]:
     flags = [*FLAGS, f"-march={march}"]
-    key = content_key(source_text(), " ".join((*units, *flags)))
-    return cached(cache_dir() / "kernels" / f"{key}.so", lambda scratch: _build(scratch, units, flags), load)
+    key = content_key(source_text(), " ".join((*part.units, *flags)))
+    return cached(cache_dir() / "kernels" / f"{key}.so", lambda scratch: _build(scratch, part.units, flags), part.load)
 
 
 def _build(target: Path, units: tuple[str, ...], flags: list[str]) -> None:
@@ -132,38 +170,3 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ToolchainError(f"The C++ compiler failed:\n{done.stderr[-2000:]}", where=" ".join(command[:-2]))
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(path))  # an OSError here means a damaged file
-    try:
-        lib.accelc_plan_create.restype = ctypes.c_void_p
-        lib.accelc_plan_create.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        lib.accelc_plan_free.restype = None
-        lib.accelc_plan_free.argtypes = [ctypes.c_void_p]
-        lib.accelc_plan_clock.restype = None
-        lib.accelc_plan_clock.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        lib.accelc_read.restype = ctypes.c_float
-        lib.accelc_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
-        lib.accelc_kernel_set.restype = None
-        lib.accelc_kernel_set.argtypes = [ctypes.c_int32, ctypes.c_void_p]
-        lib.accelc_plan_run.restype = ctypes.c_int32
-        lib.accelc_plan_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    except AttributeError as error:
-        raise ValueError(f"not a kernel library: {error}") from error
-    return lib
-
-
-def _load_quantized(path: Path) -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(path))
-    try:
-        lib.accelc_round.restype = None
-        lib.accelc_round.argtypes = [
-            ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
-            ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32,
-        ]  # fmt: skip
-        lib.accelc_run_quantized_linear  # noqa: B018 - it is there
-    except AttributeError as error:
-        raise ValueError(f"not a kernel library: {error}") from error
-    return lib

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.fx as fx
 
 from accelc.ir import Exactness, Program, StateSpec
 from accelc.ir.errors import DeriveError
@@ -17,7 +16,6 @@ from accelc.passes.step.analysis import Analysis
 from accelc.passes.step.cut import Cached, Rates, minimum_cut
 from accelc.passes.step.emit import Builder, Value, emit
 from accelc.passes.step.index_domain import Tables, index_call
-from accelc.passes.step.look_ahead import refuse_look_ahead
 from accelc.passes.step.rules import call_for, static_call
 from accelc.passes.step.wants import Call, K, Q, Want
 
@@ -54,20 +52,10 @@ class DeriveStep(Pass):
         roots = {name: analysis.want(program.output_node(name), Q) for name in program.outputs}
         derivation = Derivation(analysis, tables)
         cached = derivation.cut(list(roots.values()), Rates(self.bytes_per_second, self.flops_per_second))
-        refuse_look_ahead(analysis, undeclared_attention(analysis), max_length)
         step = derivation.emit(roots, cached, self.tree)
         step = replace(step, facts={**program.facts, **derivation.facts(), "cut": cached})
         total = sum(spec.bytes_per_token() for spec in step.states)
         return PassResult(step, len(step.states) or 1, (f"{total} bytes a cached token", *tables.notes))
-
-
-def undeclared_attention(analysis: Analysis) -> list[fx.Node]:
-    """Attention without a causal flag: its bias decides who sees whom."""
-    found = []
-    for node in analysis.graph.nodes:
-        if node.target is accelc.full_attention.default and not node.args[5] and node.args[3] is not None:
-            found.append(node)
-    return found
 
 
 class Derivation:
@@ -154,7 +142,11 @@ class Derivation:
 
     def facts(self) -> dict[str, object]:
         """For later passes and the check: attention without a causal flag, tables that vary with the length."""
-        undeclared = [n.name for n in undeclared_attention(self.analysis)]
+        undeclared = [
+            n.name
+            for n in self.analysis.graph.nodes
+            if n.target is accelc.full_attention.default and not n.args[5] and n.args[3] is not None
+        ]
         return {"mask_decides": undeclared, "length_dependent": list(self.tables.notes)}
 
     def _in_order(self, roots: list[Want], state_of: dict[Want, StateSpec]) -> list[Want]:

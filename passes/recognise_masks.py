@@ -24,6 +24,9 @@ HIDDEN = -1e4
 """A float bias at or below this hides a slot: models use -inf, the least number of a dtype, or -1e4 (early GPT code).
 """
 
+EVERY = 2048
+"""Longest sequence whose masks are read at every position: the work grows with the square."""
+
 ARGUMENTS = {"tree": 5, "bias": 6, "slopes": 8, "mask": 9, "window": 10}
 """Places of the arguments of `accelc::attention`."""
 
@@ -47,7 +50,8 @@ class RecogniseMasks(Pass):
     """Replace biases that follow from positions alone by a mask family: causal, window, chunk, ALiBi.
 
     A bias is evaluated at query positions across the longest sequence against every key position and compared with
-    what the family would give; only a full agreement replaces it. Others stay as tensors and are noted.
+    what the family would give; only a full agreement replaces it. Others stay as tensors and are noted. Whether a mask
+    shows a query a later key is read at every position of sequences of up to 2048.
     """
 
     name = "recognise_masks"
@@ -72,6 +76,9 @@ class RecogniseMasks(Pass):
                 value = evaluate(program, bias, positions, longest)
                 if value is not None and node.meta.get("forward") in program.facts.get("mask_decides", ()):  # type: ignore[operator]
                     refuse_later_keys(value, positions, longest, node)
+                    for block in self._others(positions, longest):
+                        if (more := evaluate(program, bias, block, longest)) is not None:
+                            refuse_later_keys(more, block, longest, node)
                 known[bias] = recognise(value, positions, longest) if value is not None else None
                 notes.append(
                     f"{bias.meta.get('forward', bias.name)}: {known[bias] or 'no known family, stays a tensor'}"
@@ -89,6 +96,11 @@ class RecogniseMasks(Pass):
         program.graph.eliminate_dead_code()
         program.module.recompile()
         return PassResult(program, matches, tuple(notes))
+
+    def _others(self, positions: Tensor, longest: int) -> tuple[Tensor, ...]:
+        """The query positions that are left of a sequence that is not too long for all, in blocks."""
+        left = torch.ones(longest, dtype=torch.bool).index_fill(0, positions, False).nonzero().flatten()
+        return left.split(self.rows) if longest <= EVERY and len(left) else ()
 
 
 def refuse_later_keys(bias: Tensor, positions: Tensor, longest: int, node: fx.Node) -> None:

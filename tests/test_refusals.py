@@ -19,6 +19,7 @@ from accelc.ir.errors import (
     NonFiniteLogitsError,
     NotCausalError,
 )
+from accelc.passes.recognise_masks import RecogniseMasks, probe_positions
 
 
 class Model(nn.Module):
@@ -78,10 +79,10 @@ class ByPlaceInTheBatch(Model):
 class HoleInTheMask(Model):
     """Two positions, far from the beginning, see each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, at: int = 28, length: int = 32) -> None:
         super().__init__()
-        mask = torch.ones(32, 32).tril().bool()
-        mask[28:30, 28:30] = True
+        mask = torch.ones(length, length).tril().bool()
+        mask[at : at + 2, at : at + 2] = True
         self.register_buffer("mask", mask)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -135,6 +136,14 @@ def test_the_refusal_says_what_was_seen_and_what_to_do(
         accelc.compile(model().eval(), max_length=32, cache=False, backend="eager")
     assert observed in raised.value.what
     assert advice in raised.value.remedy
+
+
+def test_a_mask_is_read_at_every_position() -> None:
+    """Not only at those that a mask family is recognised by, and long behind the tokens that the check runs."""
+    length = 404
+    at = next(i for i in range(300, 390) if i not in probe_positions(length, RecogniseMasks.rows))
+    with pytest.raises(NotCausalError, match=f"position {at} see position {at + 1}"):
+        accelc.compile(HoleInTheMask(at, length).eval(), max_length=length, cache=False, backend="eager")
 
 
 def test_no_remedy_is_a_report_or_a_check_that_is_switched_off() -> None:

@@ -190,8 +190,6 @@ def _arithmetic_with(rows: fx.Node) -> fx.Node | None:
 
 def _picks_by(user: fx.Node, index: fx.Node) -> bool:
     """Whether `user` reads `index` for where to find values, or what to leave out, and not as a value."""
-    if user.target is aten.where.self:
-        return False
     return bool(user.args) and user.args[0] is not index and getattr(user.target, "overloadpacket", None) in _PICKS
 
 

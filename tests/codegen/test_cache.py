@@ -53,7 +53,7 @@ def test_second_process_builds_nothing_and_damage_is_repaired(tmp_path: Path) ->
     assert not list(tmp_path.rglob("*.tmp"))
     assert list((tmp_path / "kernels").iterdir()) == [kernels]  # those for weights in few bits were not needed
     (region,) = (tmp_path / "regions").iterdir()
-    for path, load in ((kernels, native._load), (region, lambda path: load_inductor_artifact(str(path)))):
+    for path, load in ((kernels, native.KERNELS.load), (region, lambda path: load_inductor_artifact(str(path)))):
         good, bad = path.read_bytes(), path.with_suffix(".bad")
         bad.write_bytes(b"not what it should be")
         with pytest.warns(UserWarning, match="rebuilding"):
@@ -64,7 +64,7 @@ def test_second_process_builds_nothing_and_damage_is_repaired(tmp_path: Path) ->
 
 def test_each_library_is_known_by_its_functions() -> None:
     plain, quantized = (Path(lib._name) for lib in (native.library().kernels, native.quantized_library()))
-    for path, load in ((plain, native._load_quantized), (quantized, native._load)):
+    for path, load in ((plain, native.QUANTIZED.load), (quantized, native.KERNELS.load)):
         with pytest.raises(ValueError, match="not a kernel library"):
             load(path)
 
