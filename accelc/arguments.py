@@ -25,6 +25,7 @@ def check_types(
     disable: object,
     require: object,
     eos: object = None,
+    progress: object = None,
 ) -> None:
     """Raise InputError for options of a wrong type, with what they should be."""
     for name, value, least in (("max_length", max_length, 2), ("max_batch", max_batch, 1), ("chunk", chunk, 1)):
@@ -33,6 +34,8 @@ def check_types(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} is {value!r}", remedy=f"Use an integer of at least {least}.")
     token_ids("eos", eos)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress is {progress!r}", remedy="Pass a function of a stage's name: progress=print.")
     if isinstance(disable, str) or not isinstance(disable, Collection) or not all(isinstance(n, str) for n in disable):
         shown = repr(disable) if isinstance(disable, str) else '"raise_norms"'
         raise InputError(f"disable is {disable!r}", remedy=f"Pass a list of names: disable=[{shown}].")

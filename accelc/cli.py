@@ -278,10 +278,15 @@ def _compiled(model: Path, max_length: int | None, dtype: str | None, quantize: 
             f"no tokenizer in {model}", remedy="Save one beside the model: tokenizer.save_pretrained(directory)."
         )
     transformers_logging.disable_progress_bar()
-    with errors.status("loading and compiling ..."):
+    with errors.status("loading the model ...") as status:
         loaded, left = load_model_for(model, quantization(quantize), dtype=dtypes[dtype])
         return accelc.compile(
-            loaded, max_length=max_length, tokenizer=tokenizer, quantize=left, backend="eager" if eager else "native"
+            loaded,
+            max_length=max_length,
+            tokenizer=tokenizer,
+            quantize=left,
+            backend="eager" if eager else "native",
+            progress=lambda stage: status.update(f"compiling: {stage} ..."),
         )
 
 

@@ -38,7 +38,7 @@ Backend = Literal["native", "eager"]
 
 OPTIONS = (
     "max_length", "max_batch", "chunk", "backend", "quantize", "passes", "disable", "require", "check", "cache",
-    "verify", "tokenizer", "eos",
+    "verify", "tokenizer", "eos", "progress",
 )  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def compile(
     verify: bool = False,
     tokenizer: Any = None,
     eos: int | Sequence[int] | None = None,
+    progress: Callable[[str], object] | None = None,
     **unknown: object,
 ) -> CompiledDecoder:
     """Turn a causal language model into a decoder.
@@ -77,6 +78,8 @@ def compile(
     * ``verify``: compare the program after each pass with the one before it on real inputs; see the report's notes.
     * ``tokenizer``: for texts and stop strings; ``eos``: token ids that end a row; both default to the directory's or
       model's.
+    * ``progress``: called with the name of each stage as it begins: "cache", "capture", "passes", "codegen", "check",
+      "quantize". A first compile of a large model takes half a minute.
 
     Raises CaptureError, DeriveError, NotCausalError, CheckError, ExactnessError, InputError, UnknownOptionError.
     """
@@ -85,7 +88,7 @@ def compile(
     quantizing = quantization(quantize)
     if require is None:
         require = Exactness.DISTRIBUTION if quantizing is None else Exactness.LOSSY
-    check_types(max_length, max_batch, chunk, passes, disable, require, eos)
+    check_types(max_length, max_batch, chunk, passes, disable, require, eos, progress)
     check_choice("backend", backend, Backend)
     check_choice("check", check, Check)
     check_choice("cache", cache, Literal[True, False])
@@ -110,7 +113,7 @@ def compile(
     length = max_length if max_length is not None else default_length(model)
     chunk = min(chunk, length)
     capacity = cache_capacity(length, chunk)
-    report = CompileReport()
+    report = CompileReport(progress=progress)
     if read:
         report.notices.append(f"{read} linears and tables of the directory are in few bits since they were read")
     if backend == "native":

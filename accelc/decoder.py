@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,24 +19,34 @@ from accelc.passes.manager import report as passes_table
 from accelc.runtime import Decoder
 from accelc.runtime.arguments import token_ids
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class CompileReport:
-    """What `accelc.compile` did: seconds by stage, errors of the check, code generation by program, notices."""
+    """What `accelc.compile` did: seconds by stage, errors of the check, code generation by program, notices.
+
+    ``progress`` is called with the name of each stage as it begins.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     modes: tuple[Mode, ...] = ()
     compiled: dict[str, Report] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    progress: Callable[[str], object] | None = field(default=None, repr=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a stage."""
+        """Announce a stage, and add the time of the block to it."""
+        if self.progress is not None:
+            self.progress(name)
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            log.info("%s: %.2f s", name, seconds)
 
     @property
     def total_seconds(self) -> float:

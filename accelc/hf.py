@@ -263,13 +263,14 @@ def compiled(
     weights = (key, *((memory_of(tensor), version_of(tensor)) for _, tensor in tensors_of(model)))
     model.__dict__["_accelc_decoders"] = cache
     cache[:] = [entry for entry in cache if entry.weights == weights]
+    deciding = {name: value for name, value in options.items() if name != "progress"}
     for entry in cache:
-        fits = entry.options == options and entry.decoder.max_length >= max_length
+        fits = entry.options == deciding and entry.decoder.max_length >= max_length
         if fits and (key is not None or still_agrees(model, entry.decoder)):
             return entry.decoder
     decoder = accelc.compile(model, max_length=max_length if exact else bucket(model, max_length), **options)
-    cache[:] = [entry for entry in cache if entry.options != options]
-    cache.append(Entry(dict(options), weights, decoder))
+    cache[:] = [entry for entry in cache if entry.options != deciding]
+    cache.append(Entry(deciding, weights, decoder))
     return decoder
 
 

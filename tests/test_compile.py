@@ -119,7 +119,7 @@ def test_bad_options_are_named() -> None:
     with pytest.raises(InputError, match="max_length"):
         accelc.compile(model, max_length=1)
     wrong = {"max_length": "16", "max_batch": 0, "disable": "normalise", "require": "exact", "passes": ["x"]}
-    others = {"disable": 3, "passes": 3, "cache": "yes", "verify": "x", "tokenizer": 3}
+    others = {"disable": 3, "passes": 3, "cache": "yes", "verify": "x", "tokenizer": 3, "progress": True}
     for option in ({name: value} for values in (wrong, others) for name, value in values.items()):
         with pytest.raises(InputError, match=next(iter(option))):
             accelc.compile(model, **{"max_length": 16, **option})  # type: ignore[arg-type]
@@ -166,6 +166,18 @@ def test_a_guarantee_is_required_before_any_pass_runs() -> None:
         model, max_length=32, passes=[Rough()], cache=False, require=Exactness.LOSSY, backend="eager", check="off"
     )
     assert decoder.programs["step"].exactness is Exactness.LOSSY
+
+
+def test_stages_are_announced_as_they_begin(fresh_cache: Path) -> None:
+    stages: list[str] = []
+    model = FAMILIES["llama"].build()
+    decoder = accelc.compile(model, max_length=16, quantize="int8", progress=stages.append)
+    first = ["cache", "capture", "passes", "codegen", "check", "cache", "quantize", "codegen", "check", "codegen"]
+    assert stages == first
+    assert set(decoder.report.seconds) == set(stages)
+    stages.clear()
+    accelc.compile(model, max_length=16, progress=stages.append)
+    assert stages == ["cache", "codegen", "check", "codegen"]
 
 
 def test_report_names_passes_caches_and_check() -> None:

@@ -373,6 +373,7 @@ def test_one_compilation_serves_calls_of_similar_length(llama, compilations):
     run(9, 2)
     assert compilations[1:] == [(128, {"quantize": "int8"})]
     run(7, 4, max_length=40, quantize="int4")
+    run(7, 4, max_length=40, quantize="int4", progress=lambda stage: None)  # another one each time, and no reason
     assert compilations[2:] == [(40, {"quantize": "int4"})]
     with pytest.raises(PromptTooLongError, match="up to 54 tokens"):
         run(50, 4, max_length=40, quantize="int4")

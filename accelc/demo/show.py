@@ -38,7 +38,10 @@ def show(prompt: str, new_tokens: int, repeats: int, steps: int | None) -> None:
         )
 
     started = time.perf_counter()
-    decoder = accelc.compile(trained.model, max_length=max_length)
+    with console.status("compiling ...") as status:
+        decoder = accelc.compile(
+            trained.model, max_length=max_length, progress=lambda stage: status.update(f"compiling: {stage} ...")
+        )
     ours = make_ready("accelc", accelc_decoder(decoder), started, ids, new_tokens)
     _stream(trained, decoder, ids, new_tokens, console)
 
