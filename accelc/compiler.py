@@ -21,14 +21,19 @@ from accelc.confirm import confirm, confirm_compiled
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.derivation import Check, Request, derive
 from accelc.ir import Exactness, Program
-from accelc.ir.errors import ExactnessError, InputError, unknown_options
+from accelc.ir.errors import DraftError, ExactnessError, InputError, unknown_options
+from accelc.ir.shapes import SHAPES
 from accelc.passes import Pass, Pipeline
 from accelc.passes.quantize.methods import METHODS
 from accelc.passes.quantize_weights import NONE, QuantizeWeights, is_automatic, quantization
-from accelc.pipeline import prefill_pipeline
+from accelc.pipeline import commit_pipeline, prefill_pipeline, verify_pipeline
 from accelc.quantized_linear import QuantizedModule
 from accelc.runtime import cache_capacity
 from accelc.runtime.arguments import check_vocabulary, token_ids
+from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
+from accelc.runtime.speculation.draft import DRAFTERS, Drafter
+from accelc.runtime.speculation.trees import WORDS
+from accelc.runtime.steps import TreeSteps
 from accelc.runtime.text import decode_function
 from accelc.watch import Watch
 
@@ -38,7 +43,7 @@ Backend = Literal["native", "eager"]
 
 OPTIONS = (
     "max_length", "max_batch", "chunk", "backend", "quantize", "passes", "disable", "require", "check", "cache",
-    "verify", "tokenizer", "eos", "progress",
+    "verify", "tokenizer", "eos", "progress", "draft", "accept",
 )  # fmt: skip
 
 
@@ -59,6 +64,8 @@ def compile(
     tokenizer: Any = None,
     eos: int | Sequence[int] | None = None,
     progress: Callable[[str], object] | None = None,
+    draft: Drafter | str | None = None,
+    accept: AcceptanceRule | str | None = None,
     **unknown: object,
 ) -> CompiledDecoder:
     """Turn a causal language model into a decoder.
@@ -80,6 +87,8 @@ def compile(
       model's.
     * ``progress``: called with the name of each stage as it begins: "cache", "capture", "passes", "codegen", "check",
       "quantize". A first compile of a large model takes half a minute.
+    * ``draft``: a drafter or its name: calls of the decoder then speculate; ``accept``: an acceptance rule or its name,
+      by default the best lossless one.
 
     Raises CaptureError, DeriveError, NotCausalError, CheckError, ExactnessError, InputError, UnknownOptionError.
     """
@@ -94,6 +103,7 @@ def compile(
     check_choice("cache", cache, Literal[True, False])
     check_choice("verify", verify, Literal[True, False])
     decode_function(tokenizer)
+    check_draft(draft, accept, require)
     if quantizing is not None and quantizing.exactness < require:
         raise ExactnessError(f"quantize makes the decoder {quantizing.exactness}, and {require} is required",
                              remedy="Leave out quantize= or require=.")  # fmt: skip
@@ -146,6 +156,13 @@ def compile(
     agrees = None if quantizing is not None else functools.partial(confirm, step=step, run=run_step, capacity=capacity)
     bits = quantizing.activation_bits if quantizing is not None else 16
     run_prefill = runner(programs["prefill"], backend, capacity, report, bits)
+
+    @functools.cache
+    def trees() -> TreeSteps:
+        """When something speculates for the first time."""
+        programs["verify"], programs["commit"] = verify_pipeline().run(step), commit_pipeline().run(step)
+        return TreeSteps(*(runner(programs[name], backend, capacity, report, bits) for name in ("verify", "commit")))
+
     facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
     if eos is not None:
         check_vocabulary("eos", token_ids("eos", eos), int(facts["vocab_size"]))
@@ -165,7 +182,24 @@ def compile(
         device=device,
         tokenizer=tokenizer,
         before_call=Watch(model, programs.values(), derived, agrees),
+        trees=trees,
+        draft=draft,
+        accept=accept,
     )
+
+
+def check_draft(draft: Drafter | str | None, accept: AcceptanceRule | str | None, require: Exactness) -> None:
+    """Raise DraftError for a drafter and a rule that do not fit, ExactnessError for a rule weaker than required."""
+    if draft is None:
+        if accept is not None:
+            raise DraftError(f"accept is {accept!r} and nothing drafts", remedy="Pass draft= as well.")
+        return
+    rule = rule_for(DRAFTERS.find(draft).kind, accept)
+    if rule.exactness < require:
+        raise ExactnessError(
+            f"accept makes the decoder {rule.exactness}, and {require} is required",
+            remedy="Leave out accept= for a lossless rule, or accept the loss: require=accelc.Exactness.LOSSY.",
+        )
 
 
 def load_model_for(
@@ -209,11 +243,11 @@ def runner(
     """What runs a program: its compiled form, or its graph node by node."""
     if backend == "eager":
         return functools.partial(run_as_written, program)
-    sizes = {"tokens": (1, 1), "positions": (1, 1), "lengths": (1,), "last": (1,)}
-    examples = [torch.zeros(sizes[name], dtype=torch.int64) for name in program.inputs]
+    sizes = {"B": 1, "N": 1, "W": WORDS}
+    examples = [torch.zeros([sizes[d] for d in SHAPES[name]], dtype=torch.int64) for name in program.inputs]
     examples += [torch.empty(spec.sizes(1, capacity), dtype=spec.dtype, device="meta") for spec in program.states]
-    # The prefill's weights are the step's.
-    options = Options(huge_pages="last" not in program.inputs, activation_bits=8 if activation_bits == 8 else 16)
+    # The others' weights are the step's.
+    options = Options(huge_pages=program.name == "step", activation_bits=8 if activation_bits == 8 else 16)
     with report.stage("codegen"):
         compiled: CompiledStep = compile_program(program.module, examples, options=options)
     report.compiled[program.name] = compiled.report

@@ -10,6 +10,7 @@ from torch import Tensor
 from accelc.ir import Program
 from accelc.passes import Pass, Pipeline
 from accelc.passes.absorb_projections import AbsorbProjections
+from accelc.passes.commit_path import CommitPath
 from accelc.passes.derive_step import DeriveStep
 from accelc.passes.last_logits import LastLogits
 from accelc.passes.normalise import Normalise
@@ -18,9 +19,10 @@ from accelc.passes.raise_gated_activation import RaiseGatedActivation
 from accelc.passes.raise_norms import RaiseNorms
 from accelc.passes.raise_rotary import RaiseRotary
 from accelc.passes.recognise_masks import RecogniseMasks
+from accelc.passes.tree_attention import TreeAttention
 
 
-def step_pipeline(extra: Sequence[Pass] = (), disabled: Collection[str] = (), *, tree: bool = False) -> Pipeline:
+def step_pipeline(extra: Sequence[Pass] = (), disabled: Collection[str] = ()) -> Pipeline:
     """From a forward program to a step: tokens, positions, lengths, states -> logits of every new token."""
     return Pipeline(
         [
@@ -30,7 +32,7 @@ def step_pipeline(extra: Sequence[Pass] = (), disabled: Collection[str] = (), *,
             RaiseGatedActivation(),
             RaiseAttention(),
             AbsorbProjections(),
-            DeriveStep(tree=tree),
+            DeriveStep(),
             RecogniseMasks(),
             *extra,
         ],
@@ -41,6 +43,16 @@ def step_pipeline(extra: Sequence[Pass] = (), disabled: Collection[str] = (), *,
 def prefill_pipeline() -> Pipeline:
     """From a step to one that returns the logits of a single token a row."""
     return Pipeline([LastLogits()])
+
+
+def verify_pipeline() -> Pipeline:
+    """From a step to one whose new tokens are a tree."""
+    return Pipeline([TreeAttention()])
+
+
+def commit_pipeline() -> Pipeline:
+    """From a step to the program that keeps the accepted path of a tree."""
+    return Pipeline([CommitPath()])
 
 
 def example_inputs(program: Program) -> list[Tensor]:

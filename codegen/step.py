@@ -35,6 +35,7 @@ from accelc.codegen.schedule import Schedule, schedule
 from accelc.codegen.shapes import Dims, propagate
 from accelc.codegen.symbolic import SymbolicValues
 from accelc.ir.compat import storage_key
+from accelc.ir.shapes import SHAPES
 
 PAGES_SHARE = 0.25
 """Time for huge pages after each step, as a share of the step's own: some hundred steps later all are there."""
@@ -43,12 +44,9 @@ PAGES_AT_ONCE = 64 << 20
 
 
 def step_dims(gm: fx.GraphModule) -> dict[str, Dims]:
-    """The varying dims of a step program: tokens and positions [B, N, ...], everything else [B, ...].
-
-    (tree [B, N, W] counts with tokens; lengths [B], last [B] and states [B, ...] have a varying batch alone.)
-    """
-    names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
-    return {str(n): {0: "B", 1: "N"} if n in ("tokens", "positions", "tree") else {0: "B"} for n in names}
+    """The varying dims of a step program: [B, N, ...] where an input has an entry a new token, [B, ...] elsewhere."""
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    return {n: {0: "B", 1: "N"} if "N" in SHAPES.get(n, ()) else {0: "B"} for n in names}
 
 
 class CompiledStep:

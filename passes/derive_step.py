@@ -39,8 +39,6 @@ class DeriveStep(Pass):
     after = ("normalise", "raise_attention", "raise_norms", "raise_rotary", "raise_gated_activation")
     exactness = Exactness.EXACT
 
-    tree: bool = False
-    """Whether the step takes ancestor bitmasks, tree [B, N, W] int64, for tokens that are not a chain."""
     bytes_per_second: float = Rates.bytes
     flops_per_second: float = Rates.flops
 
@@ -52,7 +50,7 @@ class DeriveStep(Pass):
         roots = {name: analysis.want(program.output_node(name), Q) for name in program.outputs}
         derivation = Derivation(analysis, tables)
         cached = derivation.cut(list(roots.values()), Rates(self.bytes_per_second, self.flops_per_second))
-        step = derivation.emit(roots, cached, self.tree)
+        step = derivation.emit(roots, cached)
         step = replace(step, facts={**program.facts, **derivation.facts(), "cut": cached})
         total = sum(spec.bytes_per_token() for spec in step.states)
         return PassResult(step, len(step.states) or 1, (f"{total} bytes a cached token", *tables.notes))
@@ -114,11 +112,11 @@ class Derivation:
     def _is_decided_by_cut(self, want: Want) -> bool:
         return want.is_key and want.node in self.analysis.token_dependent
 
-    def emit(self, roots: dict[str, Want], cached: list[Cached], tree: bool) -> Program:
+    def emit(self, roots: dict[str, Want], cached: list[Cached]) -> Program:
         """The step program."""
         specs = [self._spec(c.want) for c in cached]
         state_of = {c.want: spec for c, spec in zip(cached, specs, strict=True)}
-        build = Builder(self.tables.max_length, [(s.name, s.time_dim) for s in specs], tree)
+        build = Builder(self.tables.max_length, [(s.name, s.time_dim) for s in specs])
         values: dict[Want, Value] = {}
         for want in self._in_order(list(roots.values()), state_of):
             if want in state_of:
@@ -137,7 +135,7 @@ class Derivation:
         build.graph.output(tuple(values[w].node for w in roots.values()))
         build.graph.eliminate_dead_code()
         module = graph_module(build.root, build.graph)
-        inputs = tuple(n for n, node in build.inputs.items() if node is not None)
+        inputs = tuple(build.inputs)
         return Program("step", module, inputs, tuple(roots), tuple(specs))
 
     def facts(self) -> dict[str, object]:

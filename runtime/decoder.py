@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from accelc.ir.errors import CopyError, InputError, PromptTooLongError, StopError
+from accelc.ir.errors import CopyError, DraftError, InputError, PromptTooLongError, StopError, TreeError
 from accelc.ir.state import StateSpec
 from accelc.runtime.arguments import check_count, check_vocabulary, reject_unknown, string_list, token_ids
 from accelc.runtime.generation import Generation, Row
@@ -17,7 +17,10 @@ from accelc.runtime.result import GenerateResult
 from accelc.runtime.sampling import SamplingParams
 from accelc.runtime.selection import spread_params, spread_seeds
 from accelc.runtime.session import Session
-from accelc.runtime.steps import StatePool, StepFunction, Steps, cache_capacity
+from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
+from accelc.runtime.speculation.draft import DRAFTERS, Drafter, Setting, Source
+from accelc.runtime.speculation.generation import Speculation, SpeculativeGeneration
+from accelc.runtime.steps import StatePool, StepFunction, Steps, TreeSteps, cache_capacity
 from accelc.runtime.stopping import Stops
 from accelc.runtime.stream import Stream, Streamer, StreamerGuard
 from accelc.runtime.text import Decode, Detokenizer, Tokenizer, decode_function
@@ -32,6 +35,7 @@ class Decoder:
     how many ids the model reads, where that is another number. eos: token id or ids that end a row. tokenizer: default
     for texts and stop strings, an object with ``decode(ids)`` or a callable.
     before_call: called first by each call, those of sessions too; raises when the decoder must not be used any more.
+    trees: see `Steps`. draft, accept: the drafter and the acceptance rule of calls that name none; see `generate`.
 
     Calls from several threads wait for each other. Any error, KeyboardInterrupt included, leaves the decoder usable.
     """
@@ -53,6 +57,9 @@ class Decoder:
         device: torch.device | str = "cpu",
         tokenizer: Tokenizer | Decode | None = None,
         before_call: Callable[[], None] | None = None,
+        trees: Callable[[], TreeSteps] | None = None,
+        draft: Drafter | str | None = None,
+        accept: AcceptanceRule | str | None = None,
     ) -> None:
         self.steps = Steps(
             decode=decode,
@@ -63,6 +70,7 @@ class Decoder:
             chunk=chunk,
             capacity=cache_capacity(max_length, chunk) if capacity is None else capacity,
             device=torch.device(device),
+            trees=trees,
         )
         if max_batch is not None:
             check_count("max_batch", max_batch)
@@ -74,6 +82,8 @@ class Decoder:
         self._before_call = before_call
         self._vocab_size, self._input_vocab_size = vocab_size, input_vocab_size
         self._pool = StatePool(self.steps)
+        self._sources: dict[Drafter, Source] = {}
+        self._draft, self._accept = draft, accept
         # Re-entrant: a streamer may call the decoder that is calling it. Calls never share states, so that is safe.
         self._lock = threading.RLock()
 
@@ -107,6 +117,8 @@ class Decoder:
         ignore_eos: bool = False,
         tokenizer: Tokenizer | Decode | None = None,
         streamer: Streamer | None = None,
+        draft: Drafter | str | bool | None = None,
+        accept: AcceptanceRule | str | None = None,
         **unknown: object,
     ) -> GenerateResult:
         """Continue one or several prompts until each row ends.
@@ -116,6 +128,8 @@ class Decoder:
         None is greedy. seed: row b of one integer uses seed + b; or one each; None draws one and reports it.
         stop_tokens, stop_strings: see `Stops`; strings need a tokenizer. ignore_eos: go on after the model's eos.
         streamer: a function called with each `TokenEvent`, or a transformers streamer.
+        draft: a drafter or its name, for speculative decoding; False decodes without the decoder's own. accept: an
+        acceptance rule or its name; None takes the best lossless one.
 
         Raises `InputError`s for bad input, `UnknownOptionError`, `NonFiniteLogitsError`, and `StreamerError` and
         `TokenizerError` for what the streamer and the tokenizer raise.
@@ -123,7 +137,7 @@ class Decoder:
         reject_unknown(self.generate, unknown)
         with self._lock:
             generation = self._prepare(
-                prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer
+                prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer, draft, accept
             )
             with generation.session, torch.inference_mode():
                 if streamer is None:
@@ -147,15 +161,17 @@ class Decoder:
         stop_strings: str | Sequence[str] = (),
         ignore_eos: bool = False,
         tokenizer: Tokenizer | Decode | None = None,
+        draft: Drafter | str | bool | None = None,
+        accept: AcceptanceRule | str | None = None,
         **unknown: object,
     ) -> Stream:
         """As `generate`, but returns an iterator of `TokenEvent`s; bad input raises here, not at the first event."""
         reject_unknown(self.stream, unknown)
         with self._lock:
-            return Stream(
-                self._prepare(prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer),
-                self._lock,
+            generation = self._prepare(
+                prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer, draft, accept
             )
+            return Stream(generation, self._lock)
 
     def start(self, prompts: Prompt) -> Session:
         """A `Session` that holds the prompts (prefilled), for callers that bring their own loop."""
@@ -192,6 +208,8 @@ class Decoder:
         stop_strings: str | Sequence[str],
         ignore_eos: bool,
         tokenizer: Tokenizer | Decode | None,
+        draft: Drafter | str | bool | None,
+        accept: AcceptanceRule | str | None,
     ) -> Generation:
         """Check everything a caller gave, then take states."""
         if self._before_call is not None:  # `start` leaves that to its session
@@ -206,6 +224,7 @@ class Decoder:
         decode = decode_function(tokenizer if tokenizer is not None else self.tokenizer)
         if strings and decode is None:
             raise StopError("stop strings without a tokenizer", remedy="Pass tokenizer=, or use stop_tokens.")
+        speculation = self._speculation(draft, accept)
         prompts = self._read(prompt)
         params, seeds = spread_params(sampling, len(prompts)), spread_seeds(seed, len(prompts))
         rows = []
@@ -218,4 +237,25 @@ class Decoder:
                 )
             text = None if decode is None else Detokenizer(decode, ids.tolist(), strings)
             rows.append(Row(index, int(max_new_tokens or room), stops, text))
-        return Generation(self._session(len(prompts)), prompts, rows, params, seeds)
+        given = (self._session(len(prompts)), prompts, rows, params, seeds)
+        return Generation(*given) if speculation is None else SpeculativeGeneration(*given, speculation=speculation)
+
+    def _speculation(
+        self, draft: Drafter | str | bool | None, accept: AcceptanceRule | str | None
+    ) -> Speculation | None:
+        """What a call asks for, or the decoder itself where the call does not say."""
+        asked = self._draft if draft is None else draft
+        if asked is None or asked is False:
+            if accept is not None:
+                raise DraftError(f"accept is {accept!r} and nothing drafts", remedy="Pass draft= as well.")
+            return None
+        drafter = DRAFTERS.find(asked)
+        rule = rule_for(drafter.kind, self._accept if accept is None else accept)
+        if self.steps.trees is None:
+            raise DraftError("this decoder has no step for trees", remedy="Make it with accelc.compile.")
+        if drafter not in self._sources:
+            self._sources[drafter] = drafter.bind(Setting(self.vocab_size, self.steps.device))
+        source, room = self._sources[drafter], self.steps.capacity - self.steps.max_length
+        if source.size > room:
+            raise TreeError(f"{drafter.name} drafts trees of {source.size} nodes, and the caches have room for {room}")
+        return Speculation(drafter.name, source, rule)

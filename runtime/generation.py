@@ -100,8 +100,6 @@ class Generation:
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
         retired = False
-        taken = session.input_vocab_size
-        readable = taken if taken is not None and taken < logits.shape[-1] else None
         while True:
             tokens = select(logits)
             ended = False
@@ -119,20 +117,19 @@ class Generation:
                 retired = True
                 if not active:
                     return
-            if readable is not None:
-                self._require_readable(active, tokens, readable)
+            self._require_readable(active, session.input_vocab_size)
             if retired:  # what ended rows would have chosen may be -1, or no token that the model reads
                 tokens = [0 if row.finish is not None else token for row, token in zip(self.rows, tokens)]
             logits = session.decode(tokens)
             self.steps += 1
 
     @staticmethod
-    def _require_readable(rows: list[Row], tokens: list[int], readable: int) -> None:
-        """Raise `TokenRangeError` for a token that the model scores but has no embedding for."""
+    def _require_readable(rows: list[Row], readable: int | None) -> None:
+        """Raise `TokenRangeError` for a last token that the model scores but has no embedding for."""
         for row in rows:
-            if tokens[row.index] >= readable:
+            if readable is not None and row.tokens[-1] >= readable:
                 raise TokenRangeError(
-                    f"the model chose token {tokens[row.index]}, and reads tokens below {readable} alone",
+                    f"the model chose token {row.tokens[-1]}, and reads tokens below {readable} alone",
                     where=f"row {row.index}, new token {len(row.tokens) - 1}",
                     remedy="Its output layer is wider than its embedding: make them equal, or end rows at such tokens "
                     "(stop_tokens).",

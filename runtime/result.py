@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accelc.ir.errors import InputError
 from accelc.runtime.arguments import is_integer
+from accelc.runtime.speculation.statistics import SpeculationStatistics
 from accelc.runtime.stopping import FinishReason
 
 
@@ -38,6 +39,8 @@ class Statistics:
     """From the call to the first token chosen."""
     total_seconds: float
     batch: int
+    speculation: SpeculationStatistics | None = None
+    """Where a drafter took part."""
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -58,6 +61,7 @@ class Statistics:
             + f", first token {self.first_token_seconds * 1e3:.1f} ms\n"
             f"new {self.new_tokens} tokens in {self.steps} steps, {self.total_seconds * 1e3:.1f} ms"
             + ("" if math.isnan(decode) else f" ({decode:.1f} tok/s decoding)")
+            + ("" if self.speculation is None else f"\n{self.speculation}")
         )
 
 

@@ -122,11 +122,16 @@ def keep_min_p(scores: Tensor, p: Tensor) -> Tensor:
 
 
 def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """One token per row from softmax(scores [B, V]) by inverting its distribution at uniform [B] in [0, 1): int64 [B].
+    """One token per row from softmax(scores [B, V]), by inverting it at uniform [B] in [0, 1): int64 [B]."""
+    return draw_from(scores.softmax(dim=-1), uniform)
+
+
+def draw_from(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """One token per row from probabilities [B, V], which need not sum to 1, by inverting them at uniform [B] in [0, 1).
 
     Sums run in float64, so probabilities are exact to the rounding of softmax at any vocabulary size.
     """
-    cumulative = scores.softmax(dim=-1).to(torch.float64).cumsum(dim=-1)
+    cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that the search ends at a token with a probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -14,22 +14,11 @@ import torch
 from torch import Tensor
 
 from accelc.ir.errors import SamplingError
-from accelc.runtime.sampling import (
-    CANDIDATES,
-    SamplingParams,
-    apply_temperature,
-    draw,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalize_repetition,
-)
+from accelc.runtime.sampling import SamplingParams, draw
+from accelc.runtime.shaping import Shaping, Uniforms
 
 Selector = Callable[[Tensor], list[int]]
 """logits [B, V] -> one token a row, -1 where its logits are not finite."""
-
-DRAWS = 64
-"""Random numbers fetched from a row's generator at once; part of what a seed means, so never change it."""
 
 
 def selector(
@@ -73,58 +62,31 @@ class Sampler:
     def __init__(
         self, params: Sequence[SamplingParams], seeds: Sequence[int], prompts: Sequence[Tensor], like: Tensor
     ) -> None:
-        device = like.device
-
-        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
-
-        self._greedy = torch.tensor([p.greedy for p in params], device=device)
-        self._temperature = torch.where(self._greedy, 1.0, column("temperature"))
-        self._k, self._p, self._min = column("top_k", torch.int64), column("top_p"), column("min_p")
-        # Of a row cut to its k best, the k best reach any p.
-        self._candidates = max((min(p.top_k or CANDIDATES, CANDIDATES) for p in params if p.top_p < 1), default=1)
-        self._penalty = column("repetition_penalty")
-        self._seen = torch.zeros(like.shape, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            self._seen[row, prompt[prompt < like.shape[-1]].to(device)] = True
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._uniforms = torch.empty(0)  # [B, DRAWS] float64
-        self._drawn = DRAWS
-        self._samples = any(not p.greedy for p in params)
-        self._penalizes = any(p.repetition_penalty != 1 for p in params)
-        self._cuts_k = any(p.top_k > 0 for p in params)
-        self._cuts_p = any(p.top_p < 1 for p in params)
-        self._cuts_min = any(p.min_p > 0 for p in params)
+        self._shaping = Shaping(params, like.device)
+        self._uniforms = Uniforms(seeds, like.device)
+        self._seen = tokens_seen(prompts, like)
+        self._drawn = 0
 
     def __call__(self, logits: Tensor) -> Tensor:
         scores = logits if logits.dtype == torch.float64 else logits.float()
-        if self._penalizes:
-            scores = penalize_repetition(scores, self._seen, self._penalty)
+        scores = self._shaping.penalize(scores, self._seen)
         tokens = likeliest(scores)
-        if self._samples:
-            drawn = draw(self._filtered(scores), self._next_uniform())
-            tokens = torch.where(self._greedy | (tokens < 0), tokens, drawn)
-        if self._penalizes:
+        if self._shaping.samples:
+            uniform = self._uniforms.reach(self._drawn + 1)[:, self._drawn]
+            self._drawn += 1
+            drawn = draw(self._shaping.filter(scores), uniform)
+            tokens = torch.where(self._shaping.greedy | (tokens < 0), tokens, drawn)
+        if self._shaping.penalizes:
             self._seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
         return tokens
 
-    def _filtered(self, scores: Tensor) -> Tensor:
-        scores = apply_temperature(scores, self._temperature)
-        if self._cuts_k:
-            scores = keep_top_k(scores, self._k)
-        if self._cuts_p:
-            scores = keep_top_p(scores, self._p, self._candidates)
-        return keep_min_p(scores, self._min) if self._cuts_min else scores
 
-    def _next_uniform(self) -> Tensor:
-        """The next random number of each row, [B] float64."""
-        if self._drawn == DRAWS:
-            blocks = [torch.rand(DRAWS, dtype=torch.float64, generator=g) for g in self._generators]
-            self._uniforms = torch.stack(blocks).to(self._greedy.device)
-            self._drawn = 0
-        column = self._uniforms[:, self._drawn]
-        self._drawn += 1
-        return column
+def tokens_seen(prompts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Which tokens the prompts hold, of those that logits like `like` [B, V] score: bool [B, V]."""
+    seen = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt[prompt < like.shape[-1]].to(like.device)] = True
+    return seen
 
 
 def spread_params(sampling: SamplingParams | Sequence[SamplingParams] | None, batch: int) -> list[SamplingParams]:

@@ -43,6 +43,11 @@ def round_up(tokens: int, chunk: int) -> int:
     return min(width, chunk)
 
 
+def bound(step: Any, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """A step with tensors that it reads and writes in place at each call."""
+    return step.bind(*inputs) if hasattr(step, "bind") else functools.partial(step, *inputs)
+
+
 class Session:
     """B rows; row b holds ``lengths[b]`` committed tokens, in slots 0 .. lengths[b] - 1 of every state.
 
@@ -79,6 +84,7 @@ class Session:
             views = self._token_row, self.lengths, self._advance
             self._host = tuple(t.numpy() for t in views) if device.type == "cpu" else None
         self._decode: Callable[[], tuple[Tensor, ...]] | None = None
+        self._trees: dict[tuple[str, int], tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
         self.logits: Tensor = torch.empty(0)
         """[B, V]: the logits after the last token of each row; empty after a `rollback`, until tokens are appended."""
 
@@ -127,10 +133,46 @@ class Session:
 
     def _bound(self) -> Callable[[], tuple[Tensor, ...]]:
         """The step of one token with this session's own tensors, which it reads and writes in place."""
-        step: Any = self.steps.decode
         inputs = (self._tokens, self._positions, self.lengths, *self._states)
-        self._decode = step.bind(*inputs) if hasattr(step, "bind") else functools.partial(step, *inputs)
+        self._decode = bound(self.steps.decode, *inputs)
         return self._decode
+
+    def verify(self, tokens: Tensor, depths: Tensor, words: Tensor) -> Tensor:
+        """Run a tree of new tokens [B, N] behind the committed ones, committing nothing: logits [B, N, V].
+
+        depths [B, N] and words [B, N, W] may be the same for all rows ([1, ...]); negative tokens are none, and what is
+        computed for them means nothing.
+        """
+        n, w = words.shape[1:]
+        call, (ids, positions, tree) = self._tree_step("verify", n, [(n,), (n,), (n, w)])
+        torch.clamp(tokens, min=0, out=ids)
+        torch.add(self.lengths[:, None], depths, out=positions).clamp_(max=self.steps.max_length - 1)
+        tree.copy_(words)
+        return call()[0]
+
+    def commit(self, path: Tensor, counts: Tensor) -> Tensor:
+        """Keep the first counts[b] nodes of path [B, K] of the tree that was verified last; returns the counts [B], 0
+        for rows that have been retired.
+        """
+        call, (nodes, kept) = self._tree_step("commit", path.shape[1], [path.shape[1:], ()])
+        nodes.copy_(path)
+        torch.mul(counts, self._advance, out=kept)
+        self.lengths.copy_(call()[0])
+        return kept
+
+    def _tree_step(
+        self, name: str, size: int, shapes: Sequence[Sequence[int]]
+    ) -> tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """A step of `TreeSteps` bound to buffers of these shapes, and the buffers [B, ...]."""
+        if (name, size) not in self._trees:
+            assert self.steps.trees is not None
+            like = self.lengths
+            with torch.inference_mode(False):
+                buffers = tuple(like.new_zeros(self.batch, *shape) for shape in shapes)
+            # In verify, lengths stand between positions and the tree.
+            inputs = (*buffers[:2], self.lengths, *buffers[2:], *self._states)
+            self._trees[name, size] = bound(getattr(self.steps.trees(), name), *inputs), buffers
+        return self._trees[name, size]
 
     def retire(self, rows: Sequence[int]) -> None:
         """Rows that generate no more: from now on `decode` leaves their lengths alone."""
@@ -238,7 +280,7 @@ class Session:
         with self._lock:
             if self._lease is not None and not discard:
                 self._pool.give(self._lease)
-            self._lease, self._states, self._decode = None, (), None
+            self._lease, self._states, self._decode, self._trees = None, (), None, {}
 
     def __enter__(self) -> Session:
         return self

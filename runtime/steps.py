@@ -10,6 +10,7 @@ from torch import Tensor
 
 from accelc.ir.errors import InputError
 from accelc.ir.state import StateSpec
+from accelc.runtime.speculation.trees import LIMIT
 
 StepFunction = Callable[..., tuple[Tensor, ...]]
 """step(tokens [B, N], positions [B, N], lengths [B], *states) -> (logits [B, N, V], ...), mutating the states."""
@@ -21,9 +22,24 @@ ALIGNMENT = 64
 def cache_capacity(max_length: int, chunk: int) -> int:
     """Slots a cache needs for sequences of `max_length` tokens.
 
-    A row that has ended its prefill is padded while others go on: up to `chunk` slots of padding lie behind its length.
+    A row that has ended its prefill is padded while others go on: up to `chunk` slots of padding lie behind its length,
+    or the nodes of a tree.
     """
-    return -(-(max_length + chunk) // ALIGNMENT) * ALIGNMENT
+    return -(-(max_length + max(chunk, LIMIT)) // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class TreeSteps:
+    """What speculation runs.
+
+    * ``verify``: verify(tokens [B, N], positions [B, N], lengths [B], tree [B, N, W], *states) -> (logits [B, N, V],
+      ...), for new tokens that see their ancestors alone; see `accelc.passes.tree_attention`.
+    * ``commit``: commit(path [B, K], counts [B], lengths [B], *states) -> (lengths + counts,), which moves the state
+      rows of new tokens path[b] to the front of the new ones; see `accelc.passes.commit_path`.
+    """
+
+    verify: StepFunction
+    commit: StepFunction
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,8 @@ class Steps:
     capacity: int
     device: torch.device
     prefill: StepFunction | None = None
+    trees: Callable[[], TreeSteps] | None = None
+    """Makes what speculation runs, when it is first asked for; None where the decoder has none."""
 
     def __post_init__(self) -> None:
         if self.max_length < 1 or self.chunk < 1:

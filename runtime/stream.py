@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -98,7 +99,9 @@ class StreamerGuard:
 
     def __init__(self, streamer: Streamer, prompts: Sequence[Tensor], pad_id: int) -> None:
         self._streamer = streamer
-        self._batch, self._pad_id = len(prompts), pad_id
+        self._pad_id = pad_id
+        self._waiting: list[list[int]] = [[] for _ in prompts]
+        self._ended = [False] * len(prompts)
         self._puts = hasattr(streamer, "put") and hasattr(streamer, "end")
         if not self._puts and not callable(streamer):
             raise StreamerError(
@@ -112,15 +115,19 @@ class StreamerGuard:
             call_streamer(streamer.put, left)  # type: ignore[union-attr]
 
     def step(self, rows: Sequence[Row]) -> None:
-        """Report one step: the rows that took a token; ended rows show the pad id to `put`."""
+        """Report the rows that took a token. `put` gets one of each row, the pad id of rows that have ended: where a
+        step gives rows different numbers of tokens, those of a row that is ahead wait.
+        """
         if not self._puts:
             for row in rows:
                 call_streamer(self._streamer, row.event())  # type: ignore[arg-type]
             return
-        tokens = torch.full((self._batch,), self._pad_id, dtype=torch.int64)
         for row in rows:
-            tokens[row.index] = row.tokens[-1]
-        call_streamer(self._streamer.put, tokens)  # type: ignore[union-attr]
+            self._waiting[row.index].append(row.tokens[-1])
+            self._ended[row.index] = row.finish is not None
+        while any(self._waiting) and all(map(operator.or_, map(bool, self._waiting), self._ended)):
+            tokens = [waiting.pop(0) if waiting else self._pad_id for waiting in self._waiting]
+            call_streamer(self._streamer.put, torch.tensor(tokens))  # type: ignore[union-attr]
 
     def end(self) -> None:
         """Report the end of a generation that ran to its end."""

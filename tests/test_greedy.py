@@ -9,8 +9,12 @@ from greedy import parting, reference
 
 import accelc
 from accelc.ir.errors import AccelcError, NoLogitsError
+from accelc.runtime.speculation.prompt_lookup import PromptLookup
+from accelc.runtime.speculation.token_recycling import TokenRecycling
+from accelc.runtime.speculation.trees import RECYCLING
 
 NEW_TOKENS = 128
+DRAFTS = (PromptLookup(tokens=6), TokenRecycling(RECYCLING.cut(20)))
 PROMPTS = (13, 5, 29)
 """Prompt lengths of the ragged batch, longer than the models' windows."""
 
@@ -34,6 +38,11 @@ def test_greedy_tokens_equal_the_model(name: str) -> None:
     alone = decoder.generate(prompts[0], max_new_tokens=NEW_TOKENS, ignore_eos=True)
     together = decoder.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)
     pairs = [(0, alone.tokens[0].tolist()), *enumerate(t.tolist() for t in together.tokens)]
+    for draft in DRAFTS:
+        fast = decoder.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True, draft=draft)
+        pairs += enumerate(t.tolist() for t in fast.tokens)
+        fast = decoder.generate(prompts[0], max_new_tokens=NEW_TOKENS, ignore_eos=True, draft=draft)
+        pairs.append((0, fast.tokens[0].tolist()))
     for row, got in pairs:
         where = parting(model, prompts[row], expected[row], got)
         assert where is None or where.is_tie, f"row {row}: {where}"

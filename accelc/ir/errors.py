@@ -209,6 +209,16 @@ class StopError(InputError):
     """A stop condition is wrong: max_new_tokens, stop tokens or stop strings."""
 
 
+class TreeError(InputError):
+    """A draft tree is no tree, or larger than a step takes."""
+
+    remedy = "Give each node a parent in front of it: paths of ranks such as (0,), (1,), (0, 0)."
+
+
+class DraftError(InputError):
+    """A drafter or an acceptance rule is unknown, or does not fit the model, the sampling or the other one."""
+
+
 class CheckpointError(InputError):
     """Files with weights that are damaged, or do not fit the model: names the tensors, their file, and what was
     expected.

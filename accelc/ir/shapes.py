@@ -20,6 +20,8 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "lengths": ("B",),
     "tree": ("B", "N", "W"),
     "last": ("B",),
+    "path": ("B", "N"),
+    "counts": ("B",),
 }
 """Shapes of a step's inputs; all are int64."""
 

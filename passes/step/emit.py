@@ -34,13 +34,11 @@ class Value:
 class Builder:
     """Appends nodes to the step's graph."""
 
-    def __init__(self, max_length: int, states: list[tuple[str, int]], tree: bool) -> None:
+    def __init__(self, max_length: int, states: list[tuple[str, int]]) -> None:
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.max_length = max_length
-        names = ["tokens", "positions", "lengths", *(["tree"] if tree else [])]
-        self.inputs: dict[str, fx.Node | None] = {n: self.graph.placeholder(n) for n in names}
-        self.inputs.setdefault("tree", None)
+        self.inputs = {n: self.graph.placeholder(n) for n in ("tokens", "positions", "lengths")}
         self.states = {name: self.graph.placeholder(name) for name, _ in states}
         self._first_state = states[0] if states else None
         self._memo: dict[Any, fx.Node] = {}
@@ -93,7 +91,7 @@ class Builder:
     def visible(self) -> fx.Node:
         """Hidden (query, slot) pairs [B, N, S]: the complement of structural visibility."""
         seen = self.once(
-            "visible", accelc.visible.default, self.inputs["positions"], self.inputs["lengths"], self.inputs["tree"],
+            "visible", accelc.visible.default, self.inputs["positions"], self.inputs["lengths"], None,
             self.slots(),
         )  # fmt: skip
         return self.once("hidden", aten.logical_not.default, seen)

@@ -303,7 +303,7 @@ def _attention(
             *(r if s.has_time else None for s, r in zip(sizes[-2:], ends, strict=True)),
         )
         wanted_bias = Want(bias, wanted)
-    step = [Input("positions"), Input("lengths"), Input("tree")]
+    step = [Input("positions"), Input("lengths"), None]  # a chain
     args = [analysis.want(query, Q), analysis.want(key, K), analysis.want(value, K), *step, wanted_bias]
     sink = analysis.want(sinks, Q) if sinks is not None else None
     return Call(

@@ -54,7 +54,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Input:
-    """One of the step's own inputs: positions, lengths, tree, or the slot count."""
+    """One of the step's own inputs: positions, lengths, or the slot count."""
 
     name: str
 

@@ -17,6 +17,7 @@ from accelc.passes.check_step import check_step
 from accelc.passes.derive_step import DeriveStep
 from accelc.passes.normalise import Normalise
 from accelc.passes.raise_attention import RaiseAttention
+from accelc.passes.tree_attention import TreeAttention
 from accelc.pipeline import step_pipeline
 
 VOCABULARY, WIDTH, HEADS, LENGTH = 23, 16, 4, 32
@@ -144,7 +145,8 @@ def triangles_of_scores(m: Mixer, x: Tensor) -> Tensor:
 
 def derive(model: nn.Module, *, tree: bool = False, raised: bool = True, **options: object) -> tuple[Program, Program]:
     forward = capture(model.eval(), max_length=LENGTH)
-    passes = [Normalise(), *([RaiseAttention()] if raised else []), DeriveStep(tree=tree, **options)]  # type: ignore[arg-type]
+    raising, trees = [RaiseAttention()] if raised else [], [TreeAttention()] if tree else []
+    passes = [Normalise(), *raising, DeriveStep(**options), *trees]  # type: ignore[arg-type]
     return forward, Pipeline(passes).run(forward)
 
 

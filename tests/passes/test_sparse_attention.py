@@ -12,6 +12,7 @@ from accelc.ir import Program
 from accelc.ir.errors import CheckError, DeriveError
 from accelc.passes.check_step import check_step
 from accelc.passes.step.sizes import Size, Symbols
+from accelc.passes.tree_attention import TreeAttention
 from accelc.pipeline import example_inputs, step_pipeline
 
 VOCABULARY, WIDTH, LENGTH = 29, 16, 32
@@ -69,7 +70,7 @@ def marked_by_token(scores: Tensor, causal: Tensor, keep: int) -> Tensor:
 
 def derive(mask: Mask, keep: int) -> tuple[Program, Program]:
     forward = capture(Sparse(mask, keep), max_length=LENGTH)
-    return forward, step_pipeline(tree=True).run(forward)
+    return forward, step_pipeline([TreeAttention()]).run(forward)
 
 
 @pytest.mark.parametrize("mask", [marked, lowest])

@@ -111,7 +111,8 @@ def test_results(tiny):
 
 
 def test_capacity_covers_the_padding():
-    assert cache_capacity(100, 28) == 128
-    assert cache_capacity(101, 28) == 192
+    assert cache_capacity(100, 156) == 256
+    assert cache_capacity(101, 156) == 320
+    assert cache_capacity(64, 28) == 192  # a tree of 128 nodes
     with pytest.raises(InputError, match="capacity"):
         Tiny().decoder(chunk=8, capacity=64)

@@ -1,0 +1,79 @@
+"""From logits to the distribution that a user asked for, and the random numbers that draw from it, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from accelc.runtime.sampling import (
+    CANDIDATES,
+    SamplingParams,
+    apply_temperature,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+)
+
+DRAWS = 64
+"""Random numbers fetched from a row's generator at once; part of what a seed means, so never change it."""
+
+
+class Shaping:
+    """What `SamplingParams`, one for each row of scores [R, V], do to them. Greedy rows keep their scores."""
+
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
+        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)
+
+        self.greedy = torch.tensor([p.greedy for p in params], device=device)
+        """[R] bool."""
+        self._temperature = torch.where(self.greedy, 1.0, column("temperature"))
+        self._k, self._p, self._min = column("top_k", torch.int64), column("top_p"), column("min_p")
+        self._penalty = column("repetition_penalty")
+        # Of a row cut to its k best, the k best reach any p.
+        self._candidates = max((min(p.top_k or CANDIDATES, CANDIDATES) for p in params if p.top_p < 1), default=1)
+        self.samples = any(not p.greedy for p in params)
+        self.penalizes = any(p.repetition_penalty != 1 for p in params)
+        self._cuts_k = any(p.top_k > 0 for p in params)
+        self._cuts_p = any(p.top_p < 1 for p in params)
+        self._cuts_min = any(p.min_p > 0 for p in params)
+
+    def spread(self, times: int) -> Shaping:
+        """For scores [R * times, V] whose neighbours belong to one row."""
+        wider = object.__new__(Shaping)
+        wider.__dict__.update(self.__dict__)
+        for name in ("greedy", "_temperature", "_k", "_p", "_min", "_penalty"):
+            setattr(wider, name, getattr(self, name).repeat_interleave(times))
+        return wider
+
+    def penalize(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """The repetition penalty for tokens with seen [R, V] (bool)."""
+        return penalize_repetition(scores, seen, self._penalty) if self.penalizes else scores
+
+    def filter(self, scores: Tensor) -> Tensor:
+        """Temperature and filters; what is filtered out is -inf."""
+        scores = apply_temperature(scores, self._temperature)
+        if self._cuts_k:
+            scores = keep_top_k(scores, self._k)
+        if self._cuts_p:
+            scores = keep_top_p(scores, self._p, self._candidates)
+        return keep_min_p(scores, self._min) if self._cuts_min else scores
+
+
+class Uniforms:
+    """Random numbers in [0, 1) of each row by index: row b's depend on its seed alone."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._device = device
+        self._known = torch.empty(len(self._generators), 0, dtype=torch.float64, device=device)
+
+    def reach(self, count: int) -> Tensor:
+        """The first `count` numbers of each row, or more: [B, >= count] float64."""
+        while self._known.shape[1] < count:
+            blocks = [torch.rand(DRAWS, dtype=torch.float64, generator=g) for g in self._generators]
+            self._known = torch.cat([self._known, torch.stack(blocks).to(self._device)], dim=1)
+        return self._known

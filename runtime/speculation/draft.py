@@ -1,0 +1,133 @@
+"""What drafters and acceptance rules exchange, and the registry of drafters.
+
+A drafter has two parts. Its graph part are passes that insert what it needs into programs; its runtime part proposes
+trees of tokens from what lies on the device. A proposal is a tensor program of fixed shape: it never waits for a host.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from accelc.runtime.speculation.registry import Registry
+from accelc.runtime.speculation.trees import Layout
+
+NOTHING = -2
+"""A node without a token: it is verified as token 0, and nothing equals it."""
+
+
+class DraftKind(StrEnum):
+    """How the siblings of a draft were chosen, which decides what makes accepting them lossless."""
+
+    DETERMINISTIC = "deterministic"
+    """The tokens follow from the text so far, without chance: the best of some score, a look-up, a copy."""
+    INDEPENDENT = "independent"
+    """Siblings are drawn from one distribution independently of each other."""
+    WITHOUT_REPLACEMENT = "without_replacement"
+    """Siblings are drawn one after another from one distribution, none of them twice."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A tree of tokens [B, N] for verification; ``tokens[:, 0]`` is the last known token of each row."""
+
+    tokens: Tensor
+    """[B, N] int64; NOTHING where a node has none."""
+    layout: Layout
+    kind: DraftKind = DraftKind.DETERMINISTIC
+    probabilities: Tensor | None = None
+    """[B, N, V] float: the distribution that a node's children were drawn from; None for deterministic drafts."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The path of a draft that is kept, and the token behind it."""
+
+    node: Tensor
+    """[B] int64: the last node of the path."""
+    path: Tensor
+    """[B, D + 1] int64: its nodes in order, then each place's own number."""
+    counts: Tensor
+    """[B] int64: nodes of the path, the root included; as many tokens are new, the one behind the path included."""
+    tokens: Tensor
+    """[B, D + 1] int64: the new tokens, of which the first counts[b] count; -1 where logits are not finite."""
+
+
+@dataclass
+class Text:
+    """The known tokens of all rows, on the device: prompts and output, the root of the next tree at the end."""
+
+    tokens: Tensor
+    """[B, L] int64: L has room for the longest sequence and one tree behind it; zeros behind the known tokens."""
+    lengths: Tensor
+    """[B] int64: known tokens of each row."""
+
+    def append(self, tokens: Tensor, counts: Tensor) -> None:
+        """Add the first counts[b] of tokens [B, K] to each row, in place."""
+        places = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        # What does not count lies behind the new length and is overwritten by the next.
+        self.tokens.scatter_(1, places, tokens.clamp(min=0))
+        self.lengths.add_(counts)
+
+    def last(self) -> Tensor:
+        """The last known token of each row, [B]."""
+        return self.tokens.gather(1, self.lengths[:, None] - 1).squeeze(1)
+
+
+class Proposer(ABC):
+    """The runtime part of a drafter for one generation."""
+
+    @abstractmethod
+    def propose(self, text: Text) -> Draft:
+        """A tree whose root is the last token of each row."""
+
+    def observe(self, draft: Draft, logits: Tensor, accepted: Accepted) -> None:  # noqa: B027 - optional
+        """What verification gave: logits [B, N, V] of the draft's nodes, and what was kept of it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a drafter is bound to: the decoder's vocabulary and device."""
+
+    vocab_size: int
+    device: torch.device
+
+
+class Source(ABC):
+    """A drafter bound to one decoder; holds what lives on from call to call."""
+
+    size: int
+    """Most nodes of its trees, the root included."""
+    depth: int
+    """Most tokens of a path behind the root."""
+
+    @abstractmethod
+    def start(self, text: Text) -> Proposer:
+        """For a generation that begins with this text (the prompts and the first token of each row)."""
+
+
+class Drafter(ABC):
+    """What a user names: a frozen dataclass whose fields are its options, all with a default."""
+
+    name: ClassVar[str]
+    """Global over all drafters; those of other packages prefix theirs (``acme.lookup``)."""
+    kind: ClassVar[DraftKind]
+
+    @abstractmethod
+    def bind(self, setting: Setting) -> Source:
+        """Its runtime part for one decoder. Raises `DraftError` where it does not fit."""
+
+
+DrafterClass = TypeVar("DrafterClass", bound=type[Drafter])
+DRAFTERS: Registry[Drafter] = Registry(Drafter, "drafter", "accelc.drafters")
+
+
+def register_drafter(cls: DrafterClass) -> DrafterClass:
+    """Class decorator: make a drafter known by its name. Raises `DraftError` when another one has it."""
+    DRAFTERS.add(cls)
+    return cls

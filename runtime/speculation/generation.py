@@ -1,0 +1,97 @@
+"""The speculative decoding loop: propose a tree, verify it in one step, keep a path, until every row has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import torch
+
+from accelc.runtime.generation import Generation, Row
+from accelc.runtime.result import GenerateResult
+from accelc.runtime.speculation.acceptance import AcceptanceRule
+from accelc.runtime.speculation.draft import Source, Text
+from accelc.runtime.speculation.statistics import Counters
+from accelc.runtime.speculation.target import Target, TargetSampler
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How a generation speculates: a drafter that is bound to the decoder, and the rule for its drafts."""
+
+    name: str
+    source: Source
+    rule: AcceptanceRule
+
+
+@dataclass
+class SpeculativeGeneration(Generation):
+    """A generation whose steps verify the trees of a drafter. Rows take different numbers of tokens a step."""
+
+    speculation: Speculation = field(kw_only=True)
+    counters: Counters = field(default_factory=Counters)
+
+    def run(self) -> Generator[list[Row], None, None]:
+        """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
+        session, source, rule = self.session, self.speculation.source, self.speculation.rule
+        begun = perf_counter()
+        logits = session.prefill(self.prompts)  # [B, V]
+        sampler = TargetSampler.of(self.params, self.seeds, self.prompts, logits)
+        session.synchronize()
+        self.prefill_seconds = perf_counter() - begun
+        tokens = sampler.first(logits)[:, None]
+        counts = torch.ones_like(sampler.new)
+        text = self._text(tokens.device, source.depth + 1)
+        proposer = None
+        active = self.rows
+        while True:
+            text.append(tokens, counts)
+            sampler.count(tokens, counts, int(counts.max()))
+            self.seconds += perf_counter() - begun
+            if not self.steps:
+                self.first_token_seconds = self.seconds
+            yield from self._take(active, tokens.tolist(), counts.tolist())
+            begun = perf_counter()
+            session.retire([row.index for row in active if row.finish is not None])
+            active = [row for row in active if row.finish is None]
+            if not active:
+                return
+            self._require_readable(active, session.input_vocab_size)
+            times = [perf_counter()]
+            proposer = proposer or source.start(text)
+            draft = proposer.propose(text)
+            times.append(perf_counter())
+            logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
+            session.synchronize()
+            times.append(perf_counter())
+            accepted = rule.accept(Target(sampler, draft, logits))
+            counts, tokens = session.commit(accepted.path, accepted.counts), accepted.tokens
+            times.append(perf_counter())
+            proposer.observe(draft, logits, accepted)
+            times.append(perf_counter())
+            self.steps += 1
+            self.counters.add(draft, accepted, [row.index for row in active], times)
+
+    @staticmethod
+    def _take(active: Sequence[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:
+        """Give rows their tokens of one step, one at a time; what lies behind the end of a row is dropped."""
+        for place in range(max(counts)):
+            taking = [row for row in active if row.finish is None and place < counts[row.index]]
+            for row in taking:
+                row.accept(tokens[row.index][place])
+            if taking:
+                yield taking
+
+    def _text(self, device: torch.device, ahead: int) -> Text:
+        """An empty output behind the prompts; a row's last step may go `ahead` beyond its end, and writes as much."""
+        longest = max(len(prompt) + row.budget for prompt, row in zip(self.prompts, self.rows)) + 2 * ahead
+        tokens = torch.zeros(len(self.rows), longest, dtype=torch.int64)
+        for row, prompt in enumerate(self.prompts):
+            tokens[row, : len(prompt)] = prompt
+        return Text(tokens.to(device), torch.tensor([len(prompt) for prompt in self.prompts], device=device))
+
+    def result(self) -> GenerateResult:
+        """Everything so far, with the statistics of speculation."""
+        result, summary = super().result(), self.counters.summary(self.speculation.name, self.speculation.rule.name)
+        return replace(result, statistics=replace(result.statistics, speculation=summary))

@@ -1,0 +1,136 @@
+"""The target's side of a verified tree: the scores of every node, shaped as plain decoding would shape them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from accelc.runtime.sampling import SamplingParams, draw
+from accelc.runtime.selection import likeliest, tokens_seen
+from accelc.runtime.shaping import Shaping, Uniforms
+from accelc.runtime.speculation.draft import Draft
+
+OWN_STREAM = 0x5DEECE66D
+"""Sets the random numbers that acceptance takes beyond plain decoding's apart from those."""
+
+
+class TargetSampler:
+    """What the choice of a token depends on besides its logits, over a generation: settings, seeds, tokens seen.
+
+    The n-th new token of a row is drawn by the row's n-th random number, whatever else the batch and the trees do:
+    where acceptance follows what the target draws, a seed gives the tokens that it gives without speculation.
+    """
+
+    def __init__(self, shaping: Shaping, uniforms: Uniforms, own: Uniforms, seen: Tensor | None) -> None:
+        self.shaping = shaping
+        self._uniforms, self._own = uniforms, own
+        self._owned = 0
+        self.times_seen = None if seen is None else seen.int()
+        """[B, V] int32, where a repetition penalty needs it."""
+        self.new = torch.zeros(len(shaping.greedy), dtype=torch.int64, device=shaping.greedy.device)
+        """[B]: tokens chosen so far."""
+        self._most = 0
+
+    @classmethod
+    def of(
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], prompts: Sequence[Tensor], like: Tensor
+    ) -> TargetSampler:
+        """For logits like ``like`` [B, V] behind prompts."""
+        shaping = Shaping(params, like.device)
+        own = Uniforms([(seed ^ OWN_STREAM) % 2**63 for seed in seeds], like.device)
+        seen = tokens_seen(prompts, like) if shaping.penalizes else None
+        return cls(shaping, Uniforms(seeds, like.device), own, seen)
+
+    def first(self, logits: Tensor) -> Tensor:
+        """The token behind each prompt, [B], from their logits [B, V]."""
+        seen = None if self.times_seen is None else self.times_seen > 0
+        scores = self.scores(logits, seen, self.shaping)
+        return self.choose(scores, self.shaping, self.plain_uniforms(self.new, 0))
+
+    def count(self, tokens: Tensor, counts: Tensor, most: int) -> None:
+        """The first counts[b] of tokens [B, K] were taken; no row took more than `most`."""
+        if self.times_seen is not None:
+            kept = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+            self.times_seen.scatter_add_(1, tokens.clamp(min=0), kept.int())
+        self.new.add_(counts)
+        self._most += most
+
+    def plain_uniforms(self, index: Tensor, ahead: int) -> Tensor:
+        """Plain decoding's random numbers by index [B, ...], none more than `ahead` beyond the next."""
+        known = self._uniforms.reach(self._most + ahead + 1)
+        return known.gather(1, index.reshape(len(index), -1)).reshape(index.shape)
+
+    def own_uniforms(self, count: int) -> Tensor:
+        """Random numbers [B, count] that plain decoding does not use, each once."""
+        begin = self._owned
+        self._owned += count
+        return self._own.reach(self._owned)[:, begin : self._owned]
+
+    @staticmethod
+    def scores(logits: Tensor, seen: Tensor | None, shaping: Shaping) -> Tensor:
+        """Logits [R, V] in fp32 or wider, penalised for tokens with seen [R, V]."""
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        return scores if seen is None else shaping.penalize(scores, seen)
+
+    @staticmethod
+    def choose(scores: Tensor, shaping: Shaping, uniform: Tensor) -> Tensor:
+        """What decoding takes from scores [R, V] with random numbers [R]; -1 where they are not finite."""
+        tokens = likeliest(scores)
+        if not shaping.samples:
+            return tokens
+        return torch.where(shaping.greedy | (tokens < 0), tokens, draw(shaping.filter(scores), uniform))
+
+
+class Target:
+    """The target at the nodes of a draft, for an acceptance rule to ask; what it does not ask is not computed."""
+
+    def __init__(self, sampler: TargetSampler, draft: Draft, logits: Tensor) -> None:
+        self._sampler, self.draft = sampler, draft
+        self.logits = logits
+        """[B, N, V]."""
+        self._shaping = sampler.shaping.spread(logits.shape[1])
+
+    @cached_property
+    def _scores(self) -> Tensor:
+        """[B * N, V]."""
+        flat = self.logits.flatten(0, 1)
+        times_seen = self._sampler.times_seen
+        if times_seen is None:
+            return TargetSampler.scores(flat, None, self._shaping)
+        b, n, _ = self.logits.shape
+        layout = self.draft.layout
+        node = torch.arange(n, device=flat.device)[:, None]
+        depth = torch.arange(layout.paths.shape[-1], device=flat.device)
+        above = torch.where(depth <= layout.depths[..., None], layout.paths, node).expand(b, -1, -1)  # [B, N, D + 1]
+        tokens = self.draft.tokens.clamp(min=0).gather(1, above.flatten(1)).view_as(above)
+        seen = (times_seen > 0)[:, None].repeat(1, n, 1).scatter_(2, tokens, True)
+        return TargetSampler.scores(flat, seen.flatten(0, 1), self._shaping)
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        """[B, N] int64: what plain decoding would take behind each node; -1 where the logits are not finite."""
+        index = self._sampler.new[:, None] + self.draft.layout.depths
+        uniform = self._sampler.plain_uniforms(index, self.draft.layout.depth)
+        return TargetSampler.choose(self._scores, self._shaping, uniform.flatten()).view(index.shape)
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """[B, N] bool: whether the logits of a node are numbers."""
+        return self.logits.amax(-1).isfinite()
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[B, N, V]: what plain decoding draws from behind each node; one token has all in greedy rows."""
+        scores, shaping = self._scores, self._shaping
+        best = scores.argmax(-1, keepdim=True)
+        certain = torch.zeros_like(scores).scatter_(1, best, 1.0)
+        if shaping.samples:
+            certain = torch.where(shaping.greedy[:, None], certain, shaping.filter(scores).softmax(-1))
+        return certain.view(self.logits.shape)
+
+    def uniforms(self, count: int) -> Tensor:
+        """Random numbers [B, count] for the rule's own use."""
+        return self._sampler.own_uniforms(count)
