@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from accelc.passes.quantize.calibration import Calibration as Calibration
     from accelc.passes.quantize_weights import QuantizeWeights as QuantizeWeights
     from accelc.runtime import SamplingParams as SamplingParams
+    from accelc.runtime.speculation.prompt_lookup import PromptLookup as PromptLookup
+    from accelc.runtime.speculation.token_recycling import TokenRecycling as TokenRecycling
+    from accelc.runtime.speculation.trees import Tree as Tree
 
 __version__ = "0.1.0"
 
@@ -31,7 +34,10 @@ _PLACES = {
     "CompiledDecoder": "accelc.decoder",
     "Exactness": "accelc.ir",
     "AccelcError": "accelc.ir.errors",
+    "PromptLookup": "accelc.runtime.speculation.prompt_lookup",
     "SamplingParams": "accelc.runtime",
+    "TokenRecycling": "accelc.runtime.speculation.token_recycling",
+    "Tree": "accelc.runtime.speculation.trees",
     "hf": "",
 }
 """Where the public names live. They are imported on first use: `torch.compile` finds the backend without the rest."""
@@ -54,6 +60,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "AccelcError", "Calibration", "CompiledDecoder", "Exactness", "QuantizeWeights", "SamplingParams", "compile", "hf",
-    "perplexity",
+    "AccelcError", "Calibration", "CompiledDecoder", "Exactness", "PromptLookup", "QuantizeWeights", "SamplingParams",
+    "TokenRecycling", "Tree", "compile", "hf", "perplexity",
 ]  # fmt: skip

@@ -95,12 +95,19 @@ def generate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     quantize: QUANTIZE = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Speculate with this drafter: prompt_lookup or token_recycling.")
+    ] = None,
+    accept: Annotated[
+        str | None, typer.Option(help="Acceptance rule: matching, rejection (both lossless) or typical (LOSSY).")
+    ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Run the step node by node instead of compiling it.")] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Print what compiling did, and statistics, to stderr.")
     ] = False,
 ) -> None:
     """Continue a prompt with the model in a directory; the text streams to standard output."""
+    from accelc.compiler import check_draft
     from accelc.evaluate import read_texts
     from accelc.ir.errors import EmptyPromptError, PromptTooLongError
     from accelc.runtime.text import encode
@@ -114,6 +121,7 @@ def generate(
         if sampling.greedy and (seed is not None or top_k or top_p != 1 or min_p):
             notice = "At temperature 0 the likeliest token is taken: the seed and the filters have no effect."
             errors.print(notice, soft_wrap=True)
+        check_draft(draft, accept, accelc.Exactness.LOSSY)
         decoder = _compiled(model, max_length, dtype, quantize, eager)
         if report:
             errors.print(decoder.renderable(), width=None if errors.is_terminal else 120)
@@ -122,14 +130,23 @@ def generate(
             raise EmptyPromptError("the prompt is empty", remedy='Give --prompt "some text", or pipe text in.')
         ids = encode(decoder.tokenizer, text)
         with decoder.stream(
-            [ids], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_strings=tuple(stop or ())
+            [ids],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop_strings=tuple(stop or ()),
+            draft=draft,
+            accept=accept,
         ) as stream:
             for event in stream:
                 sys.stdout.write(event.text)
                 sys.stdout.flush()
             sys.stdout.write("\n")
             if report:
-                errors.print(str(stream.result.statistics))
+                statistics = stream.result.statistics
+                errors.print(str(statistics))
+                if statistics.speculation is not None:
+                    errors.print(statistics.speculation.table())
 
 
 @app.command("eval", epilog=EVAL_EXAMPLES)

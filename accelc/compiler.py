@@ -20,6 +20,7 @@ from accelc.codegen import CompiledStep, Options, compile_program, prepare
 from accelc.confirm import confirm, confirm_compiled
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.derivation import Check, Request, derive
+from accelc.functions import compile_function
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import DraftError, ExactnessError, InputError, unknown_options
 from accelc.ir.shapes import SHAPES
@@ -183,6 +184,7 @@ def compile(
         tokenizer=tokenizer,
         before_call=Watch(model, programs.values(), derived, agrees),
         trees=trees,
+        compile_function=compile_function if backend == "native" else None,
         draft=draft,
         accept=accept,
     )

@@ -63,8 +63,11 @@ def decode(
         raise GenerationModeError(
             "custom_generate is the function accelc.hf.decode", remedy="Call it: custom_generate=accelc.hf.decode()."
         )
-    if unknown := options.keys() - set(OPTIONS):
-        raise unknown_options("accelc.hf.decode", unknown, ("streamer", *OPTIONS))
+    known = [
+        option for option in OPTIONS if option not in ("draft", "accept")
+    ]  # transformers' processors see one token
+    if unknown := options.keys() - set(known):
+        raise unknown_options("accelc.hf.decode", unknown, ("streamer", *known))
     if max_length is not None:
         check_count("max_length", max_length, least=2)
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):

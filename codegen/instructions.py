@@ -17,7 +17,7 @@ from accelc.codegen.arrays import BY_ITEMSIZE, CODES, FLOATS, MAX_DIMS, Array, c
 OPS = (
     "linear", "attention", "norm", "rotary", "pointwise", "copy", "gather", "cache_update",
     "product", "softmax", "map", "index", "key_positions", "visible", "quantized_linear",
-    "quantized_embedding", "dequantize",
+    "quantized_embedding", "dequantize", "top_k",
 )  # fmt: skip
 """In the order of OPS in codegen/cpu/kernels.cpp."""
 

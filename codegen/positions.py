@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from accelc.codegen.arrays import BY_ITEMSIZE, MAX_DIMS, Array, merge_together
+from accelc.codegen.arrays import BY_ITEMSIZE, FLOATS, MAX_DIMS, Array, merge_together
 from accelc.codegen.instructions import Instruction, mapped, rule
 
 aten, ops = torch.ops.aten, torch.ops.accelc
@@ -127,6 +127,12 @@ def _look_up(out: Array, base: Array, indices: Sequence[Array], steps: Sequence[
     if merged is None or merged.ndim > MAX_DIMS or out.dtype.itemsize not in BY_ITEMSIZE:
         return None
     return [Instruction("index", (*arrays,), (1,), tuple(x for pair in steps for x in pair), raw=True)]
+
+
+@rule(ops.top_k.default)
+def top_k(out: Array, scores: Array, k: int):
+    covered = scores.dtype in FLOATS and scores.ndim <= MAX_DIMS and scores.unit and out.unit
+    return [Instruction("top_k", (scores, out), (1,))] if covered else None
 
 
 # -- what a token may see ----------------------------------------------------------------------------------------------

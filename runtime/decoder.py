@@ -11,6 +11,7 @@ import torch
 from accelc.ir.errors import CopyError, DraftError, InputError, PromptTooLongError, StopError, TreeError
 from accelc.ir.state import StateSpec
 from accelc.runtime.arguments import check_count, check_vocabulary, reject_unknown, string_list, token_ids
+from accelc.runtime.functions import Compile, Functions
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.prompts import Prompt, read_prompts
 from accelc.runtime.result import GenerateResult
@@ -35,7 +36,8 @@ class Decoder:
     how many ids the model reads, where that is another number. eos: token id or ids that end a row. tokenizer: default
     for texts and stop strings, an object with ``decode(ids)`` or a callable.
     before_call: called first by each call, those of sessions too; raises when the decoder must not be used any more.
-    trees: see `Steps`. draft, accept: the drafter and the acceptance rule of calls that name none; see `generate`.
+    trees: see `Steps`. compile_function: for what drafters and rules compute, which runs as written without one. draft,
+    accept: the drafter and the acceptance rule of calls that name none; see `generate`.
 
     Calls from several threads wait for each other. Any error, KeyboardInterrupt included, leaves the decoder usable.
     """
@@ -58,6 +60,7 @@ class Decoder:
         tokenizer: Tokenizer | Decode | None = None,
         before_call: Callable[[], None] | None = None,
         trees: Callable[[], TreeSteps] | None = None,
+        compile_function: Compile | None = None,
         draft: Drafter | str | None = None,
         accept: AcceptanceRule | str | None = None,
     ) -> None:
@@ -83,6 +86,7 @@ class Decoder:
         self._vocab_size, self._input_vocab_size = vocab_size, input_vocab_size
         self._pool = StatePool(self.steps)
         self._sources: dict[Drafter, Source] = {}
+        self._functions = Functions(compile_function)
         self._draft, self._accept = draft, accept
         # Re-entrant: a streamer may call the decoder that is calling it. Calls never share states, so that is safe.
         self._lock = threading.RLock()
@@ -254,8 +258,8 @@ class Decoder:
         if self.steps.trees is None:
             raise DraftError("this decoder has no step for trees", remedy="Make it with accelc.compile.")
         if drafter not in self._sources:
-            self._sources[drafter] = drafter.bind(Setting(self.vocab_size, self.steps.device))
+            self._sources[drafter] = drafter.bind(Setting(self.vocab_size, self.steps.device, self._functions))
         source, room = self._sources[drafter], self.steps.capacity - self.steps.max_length
         if source.size > room:
             raise TreeError(f"{drafter.name} drafts trees of {source.size} nodes, and the caches have room for {room}")
-        return Speculation(drafter.name, source, rule)
+        return Speculation(drafter.name, source, rule, self._functions)

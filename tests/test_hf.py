@@ -306,6 +306,7 @@ def test_an_assistant_is_refused(llama):
         ({"max_length": True}, InputError),
         ({"max_length": 1}, InputError),
         ({"quantise": "int8"}, UnknownOptionError),
+        ({"draft": "prompt_lookup"}, UnknownOptionError),
     ],
     ids=str,
 )

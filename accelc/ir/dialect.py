@@ -332,6 +332,30 @@ def _(gate, up, kind):
     )
 
 
+# -- choices ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("accelc::top_k", mutates_args=())
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Places of the k largest scores [..., V] of each row, the largest first: int64 [..., k].
+
+    Of equal scores the first comes first, and NaN is above all.
+    """
+    return top_k_reference(scores, k).contiguous()
+
+
+def top_k_reference(scores: Tensor, k: int) -> Tensor:
+    """The specification of `top_k`."""
+    if k == 1:
+        return scores.argmax(-1, keepdim=True)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+@top_k.register_fake
+def _(scores, k):
+    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
+
+
 REFERENCES = {
     torch.ops.accelc.key_positions.default: key_positions,
     torch.ops.accelc.visible.default: visible,
@@ -340,6 +364,7 @@ REFERENCES = {
     torch.ops.accelc.rms_norm.default: rms_norm_reference,
     torch.ops.accelc.rotary.default: rotary_reference,
     torch.ops.accelc.gated_activation.default: gated_activation_reference,
+    torch.ops.accelc.top_k.default: top_k_reference,
 }
 """Functional dialect operations and the reference that code generation may expand them to."""
 

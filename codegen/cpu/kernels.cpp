@@ -5,6 +5,7 @@
 #include "index.h"
 #include "map.h"
 #include "product.h"
+#include "select.h"
 #include <omp.h>
 
 namespace accelc {
@@ -23,7 +24,7 @@ Op OPS[] = {
     {pointwise, pointwise_scratch}, {copy, no_scratch},           {gather, no_scratch}, {cache_update, no_scratch},
     {product, Product::scratch}, {softmax, softmax_scratch},      {map, no_scratch},  {index, no_scratch},
     {key_positions, no_scratch}, {visible, no_scratch}, {nullptr, no_scratch},
-    {quantized_embedding, no_scratch}, {dequantize, no_scratch},
+    {quantized_embedding, no_scratch}, {dequantize, no_scratch}, {top_k, top_k_scratch},
 };
 
 struct Plan {

@@ -44,38 +44,42 @@ class AcceptanceRule(ABC):
     def accept(self, target: Target) -> Accepted:
         """The path that is kept."""
         hits, successor, worth = self.judge(target)
-        layout = target.draft.layout
-        node = last_kept(hits, layout, worth)
-        path = at_node(layout.paths, node)
-        behind = successor(node)
-        counts = at_node(layout.depths, node) + 1
-        tokens = target.draft.tokens.gather(1, torch.cat([path[:, 1:], path[:, :1]], dim=1))
-        place = torch.arange(path.shape[1], device=path.device)
-        tokens = torch.where(place == counts[:, None] - 1, behind[:, None], tokens)
+        draft, layout = target.draft, target.draft.layout
+        node, path, counts = last_kept(hits, layout.depths, layout.paths, worth)
+        tokens = new_tokens(draft.tokens, path, counts, successor(node))
         return Accepted(node, path, counts, tokens)
 
 
-def at_node(values: Tensor, node: Tensor) -> Tensor:
-    """values [B or 1, N, ...] of the node [B] of each row: [B, ...]."""
-    rows = torch.arange(len(node), device=node.device) if len(values) > 1 else torch.zeros_like(node)
-    return values[rows, node]
-
-
-def last_kept(hits: Tensor, layout: Layout, worth: Tensor | None = None) -> Tensor:
-    """The deepest node [B] that has hits [B, N] as all its ancestors do; of several the best by worth [B, N], then the
-    first.
+def last_kept(
+    hits: Tensor, depths: Tensor, paths: Tensor, worth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The deepest node [B] that has hits [B, N] as all its ancestors do, of several the best by worth [B, N], then the
+    first; the path to it [B, D + 1], and how many nodes that has [B]. depths and paths: of a `Layout`.
     """
-    hits = hits.clone()
-    hits[:, 0] = True
-    paths = layout.paths.expand(len(hits), -1, -1)
-    on_path = hits.gather(1, paths.flatten(1)).view(paths.shape)
-    behind = torch.arange(paths.shape[-1], device=hits.device) > layout.depths[..., None]
-    kept = (on_path | behind).all(-1)
-    depth = torch.where(kept, layout.depths, -1)
-    if worth is None:
-        return depth.argmax(-1)
-    longest = depth == depth.amax(-1, keepdim=True)
-    return torch.where(longest, worth, -torch.inf).argmax(-1)
+    b, (_, n, places) = len(hits), paths.shape
+    depths, paths = depths.expand(b, n), paths.expand(b, n, places)
+    kept = depths >= 0
+    for depth in range(1, places):
+        kept = kept & (hits.gather(1, paths[..., depth]) | (depths < depth))
+    reached = torch.where(kept, depths, -1).float()
+    if worth is not None:
+        longest = reached == reached.amax(-1, keepdim=True)
+        reached = torch.where(longest, worth, -torch.inf)
+    node = torch.ops.accelc.top_k(reached, 1)  # [B, 1]
+    path = paths.gather(1, node[:, :, None].expand(b, 1, places)).squeeze(1)
+    return node.squeeze(1), path, depths.gather(1, node).squeeze(1) + 1
+
+
+def new_tokens(tokens: Tensor, path: Tensor, counts: Tensor, behind: Tensor) -> Tensor:
+    """The tokens [B, N] of a path [B, D + 1] of counts [B] nodes without the root's, and the one behind them [B]."""
+    drafted = torch.cat([tokens.gather(1, path[:, 1:]), behind[:, None]], dim=1)
+    place = torch.arange(path.shape[1], device=path.device)
+    return torch.where(place == counts[:, None] - 1, behind[:, None], drafted)
+
+
+def at_node(values: Tensor, node: Tensor) -> Tensor:
+    """values [B, N, ...] of the node [B] of each row: [B, ...]."""
+    return values[torch.arange(len(node), device=node.device), node]
 
 
 RuleClass = TypeVar("RuleClass", bound=type[AcceptanceRule])
@@ -118,10 +122,40 @@ class Matching(AcceptanceRule):
     exactness = Exactness.DISTRIBUTION
 
     def judge(self, target: Target) -> tuple[Tensor, Successor, Tensor | None]:
-        chosen, layout = target.chosen, target.draft.layout
-        parents = layout.parents.clamp(min=0).expand_as(chosen)
-        hits = target.draft.tokens == chosen.gather(1, parents)
+        chosen = target.chosen
+        hits = matches(chosen, target.draft.tokens, target.draft.layout.parents)
         return hits, lambda node: at_node(chosen, node), None
+
+    def accept(self, target: Target) -> Accepted:
+        """As one tensor function: what it takes counts in every step of every decoder."""
+        draft, layout = target.draft, target.draft.layout
+        given = (draft.tokens, layout.parents, layout.depths, layout.paths)
+        if target.plain_greedy:
+            return Accepted(*target.call(keep_likeliest, target.logits, *given))
+        return Accepted(*target.call(keep_matching, target.chosen, *given))
+
+
+def matches(chosen: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:
+    """Whether each node's token [B, N] is the one chosen behind its parent: bool [B, N], of no meaning for the root."""
+    return tokens == chosen.gather(1, parents.clamp(min=0).expand_as(chosen))
+
+
+def keep_matching(
+    chosen: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, paths: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Accepted` for chosen [B, N] and a draft's tokens [B, N] and layout."""
+    node, path, counts = last_kept(matches(chosen, tokens, parents), depths, paths)
+    return node, path, counts, new_tokens(tokens, path, counts, chosen.gather(1, node[:, None]).squeeze(1))
+
+
+def keep_likeliest(
+    logits: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, paths: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same where the largest of logits [B, N, V] is chosen; -1 where that is no number."""
+    best = torch.ops.accelc.top_k(logits, 1)
+    value = logits.gather(2, best)
+    chosen = torch.where(value - value == 0, best, -1).squeeze(2)
+    return keep_matching(chosen, tokens, parents, depths, paths)
 
 
 @register_rule

@@ -7,13 +7,14 @@ trees of tokens from what lies on the device. A proposal is a tensor program of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from accelc.runtime.functions import Functions
 from accelc.runtime.speculation.registry import Registry
 from accelc.runtime.speculation.trees import Layout
 
@@ -34,7 +35,9 @@ class DraftKind(StrEnum):
 
 @dataclass(frozen=True)
 class Draft:
-    """A tree of tokens [B, N] for verification; ``tokens[:, 0]`` is the last known token of each row."""
+    """A tree of tokens [B, N] for verification; ``tokens[:, 0]`` is the last known token of each row. Its tensors stay
+    as they are: statistics are made of them later.
+    """
 
     tokens: Tensor
     """[B, N] int64; NOTHING where a node has none."""
@@ -92,10 +95,11 @@ class Proposer(ABC):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a drafter is bound to: the decoder's vocabulary and device."""
+    """What a drafter is bound to: the decoder's vocabulary and device, and what calls its tensor functions."""
 
     vocab_size: int
     device: torch.device
+    call: Functions = field(default_factory=Functions)
 
 
 class Source(ABC):

@@ -8,11 +8,12 @@ from time import perf_counter
 
 import torch
 
+from accelc.runtime.functions import Functions
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
 from accelc.runtime.speculation.acceptance import AcceptanceRule
 from accelc.runtime.speculation.draft import Source, Text
-from accelc.runtime.speculation.statistics import Counters
+from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
 
 
@@ -23,6 +24,7 @@ class Speculation:
     name: str
     source: Source
     rule: AcceptanceRule
+    call: Functions
 
 
 @dataclass
@@ -30,14 +32,14 @@ class SpeculativeGeneration(Generation):
     """A generation whose steps verify the trees of a drafter. Rows take different numbers of tokens a step."""
 
     speculation: Speculation = field(kw_only=True)
-    counters: Counters = field(default_factory=Counters)
+    recorder: Recorder = field(default_factory=Recorder)
 
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
         session, source, rule = self.session, self.speculation.source, self.speculation.rule
         begun = perf_counter()
         logits = session.prefill(self.prompts)  # [B, V]
-        sampler = TargetSampler.of(self.params, self.seeds, self.prompts, logits)
+        sampler = TargetSampler.of(self.params, self.seeds, self.prompts, logits, self.speculation.call)
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
         tokens = sampler.first(logits)[:, None]
@@ -71,7 +73,7 @@ class SpeculativeGeneration(Generation):
             proposer.observe(draft, logits, accepted)
             times.append(perf_counter())
             self.steps += 1
-            self.counters.add(draft, accepted, [row.index for row in active], times)
+            self.recorder.add(draft, accepted, [row.index for row in active], times)
 
     @staticmethod
     def _take(active: Sequence[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:
@@ -93,5 +95,5 @@ class SpeculativeGeneration(Generation):
 
     def result(self) -> GenerateResult:
         """Everything so far, with the statistics of speculation."""
-        result, summary = super().result(), self.counters.summary(self.speculation.name, self.speculation.rule.name)
+        result, summary = super().result(), self.recorder.summary(self.speculation.name, self.speculation.rule.name)
         return replace(result, statistics=replace(result.statistics, speculation=summary))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from accelc.ir.errors import DraftError
 from accelc.runtime.arguments import is_integer
+from accelc.runtime.functions import TensorFunction
 from accelc.runtime.speculation.draft import (
     NOTHING,
     Draft,
@@ -48,36 +51,41 @@ class PromptLookup(Drafter):
 
 class _Source(Source):
     def __init__(self, options: PromptLookup, setting: Setting) -> None:
-        self.options = options
         self.size, self.depth = options.tokens + 1, options.tokens
-        self.layout = Tree.chain(options.tokens).layout(setting.device)
+        layout = Tree.chain(options.tokens).layout(setting.device)
+        self._proposer = _Lookup(functools.partial(look_up, ngram=options.ngram, count=options.tokens), layout, setting)
 
     def start(self, text: Text) -> Proposer:
-        return Lookup(self.layout, self.options.ngram)
+        return self._proposer
 
 
-class Lookup(Proposer):
-    """The look-up is a comparison of the whole text with its own end, shifted: no state, no loop over tokens."""
-
-    def __init__(self, layout: Layout, ngram: int) -> None:
-        self._layout, self._ngram = layout, ngram
+class _Lookup(Proposer):
+    def __init__(self, function: TensorFunction, layout: Layout, setting: Setting) -> None:
+        self._function, self._layout, self._call = function, layout, setting.call
 
     def propose(self, text: Text) -> Draft:
-        tokens, lengths = text.tokens, text.lengths[:, None]
-        longest = tokens.shape[1]
-        place = torch.arange(longest, device=tokens.device)
-        # How many of the last tokens are those that end at each place, up to `ngram`.
-        equal = torch.ones_like(tokens, dtype=torch.bool)
-        matched = torch.zeros_like(tokens)
-        for back in range(self._ngram):
-            wanted = tokens.gather(1, (lengths - 1 - back).clamp(min=0))
-            shifted = tokens if back == 0 else torch.nn.functional.pad(tokens, (back, 0), value=NOTHING)[:, :longest]
-            equal = equal & (shifted == wanted) & (lengths > back)
-            matched = matched + equal
-        matched = torch.where(place < lengths - 1, matched, 0)  # something must follow
-        end = (matched * longest + place).argmax(-1, keepdim=True)
-        count = self._layout.size - 1
-        source = end + 1 + torch.arange(count, device=tokens.device)
-        found = (matched.gather(1, end) > 0) & (source < lengths)
-        drafts = torch.where(found, tokens.gather(1, source.clamp(max=longest - 1)), NOTHING)
-        return Draft(torch.cat([text.last()[:, None], drafts], dim=1), self._layout)
+        (tokens,) = self._call(self._function, text.tokens, text.lengths)
+        return Draft(tokens, self._layout)
+
+
+def look_up(tokens: Tensor, lengths: Tensor, ngram: int, count: int) -> tuple[Tensor]:
+    """The last token and `count` drafts [B, 1 + count] for texts [B, L] of lengths [B]: the text is compared with its
+    own end, shifted; no state, no loop over tokens.
+    """
+    longest, end = tokens.shape[1], lengths[:, None]
+    place = torch.arange(longest, device=tokens.device)
+    # How many of the last tokens are those that end at each place, up to `ngram`.
+    equal = (place < end - 1).expand_as(tokens)  # something must follow
+    matched = torch.where(equal, 0, 0)
+    for back in range(ngram):
+        wanted = tokens.gather(1, (end - (1 + back)).clamp(min=0))
+        before = (place - back).clamp(min=0).expand_as(tokens)
+        equal = equal & (tokens.gather(1, before) == wanted) & ((place >= back) & (end > back))
+        matched = matched + equal
+    # The longest match, and the latest of those: the first of equals in the text turned round.
+    turned = (longest - 1 - place).expand_as(tokens)
+    best = torch.ops.accelc.top_k(matched.gather(1, turned).float(), 1) * -1 + (longest - 1)
+    source = best + 1 + torch.arange(count, device=tokens.device)
+    found = (matched.gather(1, best) > 0) & (source < end)
+    drafts = torch.where(found, tokens.gather(1, source.clamp(max=longest - 1)), NOTHING)
+    return (torch.cat([tokens.gather(1, end - 1), drafts], dim=1),)

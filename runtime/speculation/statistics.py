@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from accelc.runtime.speculation.draft import Accepted, Draft
+from accelc.runtime.speculation.trees import WORD, Layout
 
 PARTS = ("draft", "verify", "accept", "update")
 
@@ -52,9 +53,9 @@ class SpeculationStatistics:
             f"(the one behind the accepted drafts counted); ms: {parts}"
         )
 
-    def __rich__(self) -> Table:
-        """Acceptance by depth and rank, for `rich.print`."""
-        table = Table(title=str(self), title_justify="left")
+    def table(self) -> Table:
+        """How often the candidates of each depth and rank were right, for `rich.print`."""
+        table = Table(title="accepted, of the drafts below an accepted path", title_justify="left")
         table.add_column("depth", justify="right")
         ranks = max((len(row) for row in self.reached), default=0)
         for rank in range(ranks):
@@ -66,50 +67,55 @@ class SpeculationStatistics:
 
 
 @dataclass
-class Counters:
-    """Sums over the steps of a generation, on the device until they are asked for."""
+class Recorder:
+    """Keeps what each step of a generation did, and counts when it is asked."""
 
-    row_steps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    _sums: tuple[Tensor, Tensor, Tensor] | None = None
-    """lengths [D + 2], reached [D, K] and accepted [D, K] of `SpeculationStatistics`."""
+    _steps: list[tuple[Layout, Tensor, Tensor, list[int]]] = field(default_factory=list)
+    """Of each step: the trees, their tokens [B, N], the last node kept [B], rows that had not ended before it."""
 
-    def add(self, draft: Draft, accepted: Accepted, rows: Sequence[int], times: Sequence[float]) -> None:
-        """One step: `rows` had not ended before it; `times`: begin and end of its parts."""
+    def add(self, draft: Draft, accepted: Accepted, rows: list[int], times: Sequence[float]) -> None:
+        """One step; `times`: begin and end of its parts."""
         for part, begin, end in zip(PARTS, times, times[1:]):
             self.seconds[part] += end - begin
-        self.row_steps += len(rows)
-        layout = draft.layout
-        b = len(draft.tokens)
-        if self._sums is None:
-            shapes = ((layout.depth + 2,), (layout.depth, layout.width), (layout.depth, layout.width))
-            self._sums = tuple(draft.tokens.new_zeros(shape) for shape in shapes)  # type: ignore[assignment]
-        assert self._sums is not None
-        lengths, reached, kept = self._sums
-        counts = torch.zeros(b, dtype=torch.int64, device=draft.tokens.device)
-        index = torch.tensor(rows, device=counts.device)
-        counts[index] = 1
-        lengths.scatter_add_(0, accepted.counts, counts)
-        place = torch.arange(accepted.path.shape[1], device=counts.device)
-        on_path = torch.zeros_like(draft.tokens).scatter_reduce_(
-            1, accepted.path, (place < accepted.counts[:, None]).long(), "amax"
-        )
-        parents = layout.parents.expand(b, -1)[:, 1:]
-        below = on_path.gather(1, parents) * (draft.tokens[:, 1:] >= 0) * counts[:, None]
-        cell = ((layout.depths[:, 1:] - 1) * layout.width + layout.ranks[:, 1:]).expand(b, -1)
-        reached.view(-1).scatter_add_(0, cell.flatten(), below.flatten())
-        kept.view(-1).scatter_add_(0, cell.flatten(), (below * on_path[:, 1:]).flatten())
+        self._steps.append((draft.layout, draft.tokens, accepted.node, rows))
 
     def summary(self, drafter: str, rule: str) -> SpeculationStatistics:
-        """The sums as numbers."""
-        lengths, reached, accepted = ([], [], []) if self._sums is None else (t.tolist() for t in self._sums)
+        """The statistics of all steps so far."""
+        row_steps = [_of_rows(*step) for step in self._steps]
+        depth = max((layout.depth for layout, *_ in self._steps), default=0)
+        width = max((layout.width for layout, *_ in self._steps), default=0)
+        lengths = torch.zeros(depth + 2, dtype=torch.int64)
+        reached, accepted = (torch.zeros(depth, width, dtype=torch.int64) for _ in range(2))
+        for counts, places, below, kept in row_steps:
+            lengths += torch.bincount(counts, minlength=depth + 2)
+            cells = places[:, 0] * width + places[:, 1]
+            reached.view(-1).scatter_add_(0, cells, below)
+            accepted.view(-1).scatter_add_(0, cells, kept)
         return SpeculationStatistics(
             drafter=drafter,
             rule=rule,
-            row_steps=self.row_steps,
-            tokens=sum(n * count for n, count in enumerate(lengths)),
-            lengths=tuple(lengths),
-            reached=tuple(map(tuple, reached)),
-            accepted=tuple(map(tuple, accepted)),
+            row_steps=int(lengths.sum()),
+            tokens=int((lengths * torch.arange(depth + 2)).sum()),
+            lengths=tuple(lengths.tolist()),
+            reached=tuple(map(tuple, reached.tolist())),
+            accepted=tuple(map(tuple, accepted.tolist())),
             seconds=dict(self.seconds),
         )
+
+
+def _of_rows(layout: Layout, tokens: Tensor, node: Tensor, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of one step's rows R: tokens they took [R]; depth - 1 and rank of each draft [R * (N - 1), 2]; which of them were
+    below a kept node and had a token, and which were kept [R * (N - 1)] int64.
+    """
+    b, n = tokens.shape
+    index = torch.tensor(rows)
+    parents, ranks, depths = (t.expand(b, -1).cpu()[index] for t in (layout.parents, layout.ranks, layout.depths))
+    last, tokens = node.cpu()[index, None], tokens.cpu()[index]
+    words = layout.words.expand(b, -1, -1).cpu()[index].gather(1, last[..., None].expand(-1, -1, layout.words.shape[2]))
+    place = torch.arange(n)
+    on_path = words[:, 0].repeat_interleave(WORD, dim=1)[:, :n] >> (place % WORD) & 1
+    below = on_path.gather(1, parents[:, 1:]) * (tokens[:, 1:] >= 0)
+    places = torch.stack([depths[:, 1:] - 1, ranks[:, 1:]], dim=-1)
+    counts = depths.gather(1, last).squeeze(1) + 1
+    return counts, places.flatten(0, 1), below.flatten(), (below * on_path[:, 1:]).flatten()

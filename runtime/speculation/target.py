@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from accelc.runtime.functions import Functions
 from accelc.runtime.sampling import SamplingParams, draw
 from accelc.runtime.selection import likeliest, tokens_seen
 from accelc.runtime.shaping import Shaping, Uniforms
@@ -24,8 +25,16 @@ class TargetSampler:
     where acceptance follows what the target draws, a seed gives the tokens that it gives without speculation.
     """
 
-    def __init__(self, shaping: Shaping, uniforms: Uniforms, own: Uniforms, seen: Tensor | None) -> None:
+    def __init__(
+        self,
+        shaping: Shaping,
+        uniforms: Uniforms,
+        own: Uniforms,
+        seen: Tensor | None,
+        call: Functions | None = None,
+    ) -> None:
         self.shaping = shaping
+        self.call = call or Functions()
         self._uniforms, self._own = uniforms, own
         self._owned = 0
         self.times_seen = None if seen is None else seen.int()
@@ -36,13 +45,18 @@ class TargetSampler:
 
     @classmethod
     def of(
-        cls, params: Sequence[SamplingParams], seeds: Sequence[int], prompts: Sequence[Tensor], like: Tensor
+        cls,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        prompts: Sequence[Tensor],
+        like: Tensor,
+        call: Functions | None = None,
     ) -> TargetSampler:
         """For logits like ``like`` [B, V] behind prompts."""
         shaping = Shaping(params, like.device)
         own = Uniforms([(seed ^ OWN_STREAM) % 2**63 for seed in seeds], like.device)
         seen = tokens_seen(prompts, like) if shaping.penalizes else None
-        return cls(shaping, Uniforms(seeds, like.device), own, seen)
+        return cls(shaping, Uniforms(seeds, like.device), own, seen, call)
 
     def first(self, logits: Tensor) -> Tensor:
         """The token behind each prompt, [B], from their logits [B, V]."""
@@ -91,7 +105,15 @@ class Target:
         self._sampler, self.draft = sampler, draft
         self.logits = logits
         """[B, N, V]."""
-        self._shaping = sampler.shaping.spread(logits.shape[1])
+        self.call = sampler.call
+        """Calls tensor functions."""
+        self.plain_greedy = not (sampler.shaping.samples or sampler.shaping.penalizes)
+        """Whether every row takes the largest of its logits as they are."""
+
+    @cached_property
+    def _shaping(self) -> Shaping:
+        """Of each node, for scores [B * N, V]."""
+        return self._sampler.shaping.spread(self.logits.shape[1])
 
     @cached_property
     def _scores(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from accelc.runtime.speculation.draft import (
     Text,
     register_drafter,
 )
-from accelc.runtime.speculation.trees import RECYCLING, Layout, Tree
+from accelc.runtime.speculation.trees import RECYCLING, Tree
 
 
 @register_drafter
@@ -52,44 +53,56 @@ class _Source(Source):
         if tree.width > setting.vocab_size:
             raise DraftError(f"a tree with {tree.width} candidates a node for a vocabulary of {setting.vocab_size}")
         self.size, self.depth = tree.size, tree.depth
-        self.layout = tree.layout(setting.device)
-        depths = tree.depths
-        starts = [depths.index(d) for d in range(tree.depth + 1)] + [tree.size]
-        self.levels = [slice(starts[d], starts[d + 1]) for d in range(1, tree.depth + 1)]
-        # One row more: where what must not be remembered goes.
-        self.successors = torch.zeros(setting.vocab_size + 1, tree.width, dtype=torch.int64, device=setting.device)
+        self._proposer = _Recycler(tree, setting)
 
     def start(self, text: Text) -> Proposer:
-        return Recycler(self.successors, self.layout, self.levels)
+        return self._proposer
 
 
-class Recycler(Proposer):
-    """Reads trees from the matrix [V + 1, K] and writes what verification finds into it."""
+class _Recycler(Proposer):
+    """Reads trees from the matrix and writes what verification finds into it."""
 
-    def __init__(self, successors: Tensor, layout: Layout, levels: list[slice]) -> None:
-        self._successors, self._layout, self._levels = successors, layout, levels
+    def __init__(self, tree: Tree, setting: Setting) -> None:
+        self._call, self._layout = setting.call, tree.layout(setting.device)
+        # One row more: where what must not be remembered goes.
+        self._successors = torch.zeros(setting.vocab_size + 1, tree.width, dtype=torch.int64, device=setting.device)
+        self._read, self._learn = functools.partial(read_tree, tree=tree), functools.partial(learn, width=tree.width)
 
     def propose(self, text: Text) -> Draft:
-        parents, ranks = self._layout.parents[0], self._layout.ranks[0]
-        tokens = text.last()[:, None].repeat(1, self._layout.size)
-        for level in self._levels:
-            tokens[:, level] = self._successors[tokens[:, parents[level]], ranks[level]]
+        (tokens,) = self._call(self._read, self._successors, text.tokens, text.lengths)
         return Draft(tokens, self._layout)
 
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted) -> None:
-        vocabulary, width = len(self._successors) - 1, self._successors.shape[1]
-        tokens = draft.tokens.flatten()
-        best = logits.flatten(0, 1).topk(width, dim=-1).indices  # [B * N, K]
-        self._successors[torch.where(remembered(draft, accepted), tokens, vocabulary)] = best
+        rows, best = self._call(self._learn, logits, draft.tokens, accepted.path, accepted.counts)
+        self._successors[rows] = best
 
 
-def remembered(draft: Draft, accepted: Accepted) -> Tensor:
-    """Which of the nodes [B * N] is the one to remember of those with its token: bool."""
-    b, n = draft.tokens.shape
-    place = torch.arange(accepted.path.shape[1], device=draft.tokens.device)
-    depth = torch.where(place < accepted.counts[:, None], place + 1, 0)  # of accepted nodes, from 1
-    rank = torch.zeros_like(draft.tokens).scatter_reduce_(1, accepted.path, depth, "amax")
-    order = (rank * (b * n) + torch.arange(b * n, device=rank.device).view(b, n)).flatten()
-    tokens = draft.tokens.flatten()
-    same = tokens[:, None] == tokens
-    return (torch.where(same, order, -1).amax(-1) == order) & (tokens >= 0)
+def read_tree(successors: Tensor, tokens: Tensor, lengths: Tensor, tree: Tree) -> tuple[Tensor]:
+    """A tree, whose nodes stand by depth, below the last tokens of texts [B, L] of lengths [B]: [B, N]."""
+    levels = [tokens.gather(1, lengths[:, None] - 1)]
+    begin = 0  # of the level above
+    for depth in range(1, tree.depth + 1):
+        nodes = [node for node in range(tree.size) if tree.depths[node] == depth]
+        parents = torch.tensor([tree.parents[node] - begin for node in nodes], device=tokens.device)
+        ranks = torch.tensor([tree.ranks[node] for node in nodes], device=tokens.device)
+        above = levels[-1].gather(1, parents.expand(len(tokens), -1))
+        levels.append(successors[above, ranks])
+        begin = nodes[0]
+    return (torch.cat(levels, dim=1),)
+
+
+def learn(logits: Tensor, tokens: Tensor, path: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What the nodes of a tree teach: rows of the matrix [B * N], its last one for nodes that do not count, and the
+    `width` likeliest tokens behind each node [B * N, width].
+    """
+    b, n, vocabulary = logits.shape
+    node, every = torch.arange(n, device=tokens.device), torch.arange(b * n, device=tokens.device)
+    rank = torch.where(node == path[:, :1], 1, 0)  # of accepted nodes, from 1
+    for depth in range(1, path.shape[1]):
+        on_path = (node == path[:, depth : depth + 1]) & (counts[:, None] > depth)
+        rank = torch.where(on_path, depth + 1, rank)
+    order = (rank * (b * n) + every.view(b, n)).flatten()
+    flat = tokens.flatten()
+    same = torch.where(flat[:, None] == flat, order, -1).float()
+    last = torch.ops.accelc.top_k(same, 1).squeeze(1) == every
+    return torch.where(last & (flat >= 0), flat, vocabulary), torch.ops.accelc.top_k(logits, width).flatten(0, 1)

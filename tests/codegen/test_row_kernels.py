@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from accelc.codegen import CompiledStep, Options
 from accelc.codegen.errors import StepIndexError
-from accelc.ir.dialect import ACTIVATIONS, gated_activation_reference, rms_norm_reference, rotary_reference
+from accelc.ir.dialect import (
+    ACTIVATIONS,
+    gated_activation_reference,
+    rms_norm_reference,
+    rotary_reference,
+    top_k_reference,
+)
 
 aten, ops = torch.ops.aten, torch.ops.accelc
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -164,3 +170,20 @@ def test_operations_without_a_kernel_are_left_to_torch() -> None:
     step = CompiledStep(gm, inputs, {}, Options())
     assert step.report.regions == 1
     assert torch.equal(step(*inputs)[0], inputs[0].sort().values)
+
+
+@quick
+@given(
+    lead=st.lists(st.integers(1, 4), min_size=0, max_size=2), last=st.sampled_from([1, 2, 7, 16, 17, 100, 999]),
+    k=st.integers(1, 12), dtype=dtypes, levels=st.sampled_from([2, 5, 10**6]), nan=st.booleans(),
+)  # fmt: skip
+def test_top_k(lead, last, k, dtype, levels, nan) -> None:
+    """Ties by their place, as a stable sort has them; NaN above all."""
+    scores = (torch.randint(-levels, levels, (*lead, last)) / 7).to(dtype)
+    scores[scores == 0] = -torch.inf
+    if nan:
+        scores.view(-1)[:: max(2, last // 3)] = torch.nan
+    k = min(k, last)
+    got = run_single(ops.top_k.default, scores, k)
+    assert torch.equal(got, top_k_reference(scores.float(), k))
+    assert torch.equal(got, ops.top_k(scores, k))

@@ -116,6 +116,7 @@ def test_a_perfect_draft_takes_few_steps(llama: accelc.CompiledDecoder) -> None:
     assert found.accuracy == [[1.0]] * 4
     assert found.row_steps == 24
     assert "5.00 tokens a step" in str(result.statistics)
+    assert (found.table().row_count, len(found.table().columns)) == (4, 2)
 
 
 def test_a_wrong_draft_takes_the_steps_of_plain_decoding(llama: accelc.CompiledDecoder) -> None:
