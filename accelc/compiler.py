@@ -44,7 +44,7 @@ Backend = Literal["native", "eager"]
 
 OPTIONS = (
     "max_length", "max_batch", "chunk", "backend", "quantize", "passes", "disable", "require", "check", "cache",
-    "verify", "tokenizer", "eos", "progress", "draft", "accept",
+    "verify", "tokenizer", "eos", "progress", "draft", "accept", "draft_nodes",
 )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ def compile(
     progress: Callable[[str], object] | None = None,
     draft: Drafter | str | None = None,
     accept: AcceptanceRule | str | None = None,
+    draft_nodes: int | None = None,
     **unknown: object,
 ) -> CompiledDecoder:
     """Turn a causal language model into a decoder.
@@ -89,7 +90,7 @@ def compile(
     * ``progress``: called with the name of each stage as it begins: "cache", "capture", "passes", "codegen", "check",
       "quantize". A first compile of a large model takes half a minute.
     * ``draft``: a drafter or its name: calls of the decoder then speculate; ``accept``: an acceptance rule or its name,
-      by default the best lossless one.
+      by default the best lossless one; ``draft_nodes``: nodes a step verifies, by default chosen by measurement.
 
     Raises CaptureError, DeriveError, NotCausalError, CheckError, ExactnessError, InputError, UnknownOptionError.
     """
@@ -187,6 +188,7 @@ def compile(
         compile_function=compile_function if backend == "native" else None,
         draft=draft,
         accept=accept,
+        draft_nodes=draft_nodes,
     )
 
 

@@ -19,6 +19,7 @@ from accelc.runtime.sampling import SamplingParams
 from accelc.runtime.selection import spread_params, spread_seeds
 from accelc.runtime.session import Session
 from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
+from accelc.runtime.speculation.choice import StepTimes
 from accelc.runtime.speculation.draft import DRAFTERS, Drafter, Setting, Source
 from accelc.runtime.speculation.generation import Speculation, SpeculativeGeneration
 from accelc.runtime.steps import StatePool, StepFunction, Steps, TreeSteps, cache_capacity
@@ -37,7 +38,7 @@ class Decoder:
     for texts and stop strings, an object with ``decode(ids)`` or a callable.
     before_call: called first by each call, those of sessions too; raises when the decoder must not be used any more.
     trees: see `Steps`. compile_function: for what drafters and rules compute, which runs as written without one. draft,
-    accept: the drafter and the acceptance rule of calls that name none; see `generate`.
+    accept, draft_nodes: those of calls that name none; see `generate`.
 
     Calls from several threads wait for each other. Any error, KeyboardInterrupt included, leaves the decoder usable.
     """
@@ -63,6 +64,7 @@ class Decoder:
         compile_function: Compile | None = None,
         draft: Drafter | str | None = None,
         accept: AcceptanceRule | str | None = None,
+        draft_nodes: int | None = None,
     ) -> None:
         self.steps = Steps(
             decode=decode,
@@ -87,7 +89,8 @@ class Decoder:
         self._pool = StatePool(self.steps)
         self._sources: dict[Drafter, Source] = {}
         self._functions = Functions(compile_function)
-        self._draft, self._accept = draft, accept
+        self._draft, self._accept, self._draft_nodes = draft, accept, draft_nodes
+        self._times = StepTimes()
         # Re-entrant: a streamer may call the decoder that is calling it. Calls never share states, so that is safe.
         self._lock = threading.RLock()
 
@@ -123,6 +126,7 @@ class Decoder:
         streamer: Streamer | None = None,
         draft: Drafter | str | bool | None = None,
         accept: AcceptanceRule | str | None = None,
+        draft_nodes: int | None = None,
         **unknown: object,
     ) -> GenerateResult:
         """Continue one or several prompts until each row ends.
@@ -133,7 +137,8 @@ class Decoder:
         stop_tokens, stop_strings: see `Stops`; strings need a tokenizer. ignore_eos: go on after the model's eos.
         streamer: a function called with each `TokenEvent`, or a transformers streamer.
         draft: a drafter or its name, for speculative decoding; False decodes without the decoder's own. accept: an
-        acceptance rule or its name; None takes the best lossless one.
+        acceptance rule or its name; None takes the best lossless one. draft_nodes: nodes of the drafter's tree that a
+        step verifies, the root included; None chooses by what gives most tokens a second, 1 (plain decoding) included.
 
         Raises `InputError`s for bad input, `UnknownOptionError`, `NonFiniteLogitsError`, and `StreamerError` and
         `TokenizerError` for what the streamer and the tokenizer raise.
@@ -141,7 +146,17 @@ class Decoder:
         reject_unknown(self.generate, unknown)
         with self._lock:
             generation = self._prepare(
-                prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer, draft, accept
+                prompt,
+                max_new_tokens,
+                sampling,
+                seed,
+                stop_tokens,
+                stop_strings,
+                ignore_eos,
+                tokenizer,
+                draft,
+                accept,
+                draft_nodes,
             )
             with generation.session, torch.inference_mode():
                 if streamer is None:
@@ -167,13 +182,24 @@ class Decoder:
         tokenizer: Tokenizer | Decode | None = None,
         draft: Drafter | str | bool | None = None,
         accept: AcceptanceRule | str | None = None,
+        draft_nodes: int | None = None,
         **unknown: object,
     ) -> Stream:
         """As `generate`, but returns an iterator of `TokenEvent`s; bad input raises here, not at the first event."""
         reject_unknown(self.stream, unknown)
         with self._lock:
             generation = self._prepare(
-                prompt, max_new_tokens, sampling, seed, stop_tokens, stop_strings, ignore_eos, tokenizer, draft, accept
+                prompt,
+                max_new_tokens,
+                sampling,
+                seed,
+                stop_tokens,
+                stop_strings,
+                ignore_eos,
+                tokenizer,
+                draft,
+                accept,
+                draft_nodes,
             )
             return Stream(generation, self._lock)
 
@@ -214,6 +240,7 @@ class Decoder:
         tokenizer: Tokenizer | Decode | None,
         draft: Drafter | str | bool | None,
         accept: AcceptanceRule | str | None,
+        draft_nodes: int | None,
     ) -> Generation:
         """Check everything a caller gave, then take states."""
         if self._before_call is not None:  # `start` leaves that to its session
@@ -228,7 +255,7 @@ class Decoder:
         decode = decode_function(tokenizer if tokenizer is not None else self.tokenizer)
         if strings and decode is None:
             raise StopError("stop strings without a tokenizer", remedy="Pass tokenizer=, or use stop_tokens.")
-        speculation = self._speculation(draft, accept)
+        speculation = self._speculation(draft, accept, draft_nodes)
         prompts = self._read(prompt)
         params, seeds = spread_params(sampling, len(prompts)), spread_seeds(seed, len(prompts))
         rows = []
@@ -245,14 +272,17 @@ class Decoder:
         return Generation(*given) if speculation is None else SpeculativeGeneration(*given, speculation=speculation)
 
     def _speculation(
-        self, draft: Drafter | str | bool | None, accept: AcceptanceRule | str | None
+        self, draft: Drafter | str | bool | None, accept: AcceptanceRule | str | None, nodes: int | None
     ) -> Speculation | None:
         """What a call asks for, or the decoder itself where the call does not say."""
         asked = self._draft if draft is None else draft
         if asked is None or asked is False:
-            if accept is not None:
-                raise DraftError(f"accept is {accept!r} and nothing drafts", remedy="Pass draft= as well.")
+            for name, value in (("accept", accept), ("draft_nodes", nodes)):
+                if value is not None:
+                    raise DraftError(f"{name} is {value!r} and nothing drafts", remedy="Pass draft= as well.")
             return None
+        if nodes is not None:
+            check_count("draft_nodes", nodes)
         drafter = DRAFTERS.find(asked)
         rule = rule_for(drafter.kind, self._accept if accept is None else accept)
         if self.steps.trees is None:
@@ -262,4 +292,5 @@ class Decoder:
         source, room = self._sources[drafter], self.steps.capacity - self.steps.max_length
         if source.size > room:
             raise TreeError(f"{drafter.name} drafts trees of {source.size} nodes, and the caches have room for {room}")
-        return Speculation(drafter.name, source, rule, self._functions)
+        nodes = self._draft_nodes if nodes is None else nodes
+        return Speculation(drafter.name, source, rule, self._functions, self._times, nodes)

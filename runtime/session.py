@@ -154,6 +154,10 @@ class Session:
         """Keep the first counts[b] nodes of path [B, K] of the tree that was verified last; returns the counts [B], 0
         for rows that have been retired.
         """
+        if path.shape[1] == 1:  # the root stands where it belongs
+            kept = counts * self._advance
+            self.lengths.add_(kept)
+            return kept
         call, (nodes, kept) = self._tree_step("commit", path.shape[1], [path.shape[1:], ()])
         nodes.copy_(path)
         torch.mul(counts, self._advance, out=kept)

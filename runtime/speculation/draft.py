@@ -46,6 +46,13 @@ class Draft:
     probabilities: Tensor | None = None
     """[B, N, V] float: the distribution that a node's children were drawn from; None for deterministic drafts."""
 
+    def cut(self, layout: Layout) -> Draft:
+        """The first nodes, as many as a layout that was cut from this one's has."""
+        if layout.size == self.layout.size:
+            return self
+        proposed = None if self.probabilities is None else self.probabilities[:, : layout.size]
+        return Draft(self.tokens[:, : layout.size].contiguous(), layout, self.kind, proposed)
+
 
 @dataclass(frozen=True)
 class Accepted:

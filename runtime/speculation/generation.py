@@ -12,9 +12,11 @@ from accelc.runtime.functions import Functions
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
 from accelc.runtime.speculation.acceptance import AcceptanceRule
+from accelc.runtime.speculation.choice import SizeChooser, StepTimes
 from accelc.runtime.speculation.draft import Source, Text
 from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
+from accelc.runtime.speculation.trees import Layout
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Speculation:
     source: Source
     rule: AcceptanceRule
     call: Functions
+    times: StepTimes
+    nodes: int | None = None
+    """Nodes that a step verifies; None: chosen by measurement."""
 
 
 @dataclass
@@ -45,7 +50,9 @@ class SpeculativeGeneration(Generation):
         tokens = sampler.first(logits)[:, None]
         counts = torch.ones_like(sampler.new)
         text = self._text(tokens.device, source.depth + 1)
-        proposer = None
+        proposer = source.start(text)
+        chooser = SizeChooser(self.speculation.times, len(self.rows), source.size)
+        layouts: dict[tuple[Layout, int], Layout] = {}
         active = self.rows
         while True:
             text.append(tokens, counts)
@@ -61,8 +68,11 @@ class SpeculativeGeneration(Generation):
                 return
             self._require_readable(active, session.input_vocab_size)
             times = [perf_counter()]
-            proposer = proposer or source.start(text)
             draft = proposer.propose(text)
+            cut = (draft.layout, min(self.speculation.nodes or chooser.size, draft.layout.size))
+            if cut not in layouts:
+                layouts = {**layouts, cut: draft.layout.cut(cut[1])}
+            draft = draft.cut(layouts[cut])
             times.append(perf_counter())
             logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
             session.synchronize()
@@ -73,7 +83,12 @@ class SpeculativeGeneration(Generation):
             proposer.observe(draft, logits, accepted)
             times.append(perf_counter())
             self.steps += 1
-            self.recorder.add(draft, accepted, [row.index for row in active], times)
+            rows = [row.index for row in active]
+            self.recorder.add(draft, accepted, rows, times)
+            if self.speculation.nodes is None:
+                kept = zip(accepted.path.tolist(), accepted.counts.tolist())
+                paths = [path[:count] for row, (path, count) in enumerate(kept) if row in rows]
+                chooser.add(paths, times[-1] - times[0])
 
     @staticmethod
     def _take(active: Sequence[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:
@@ -88,7 +103,8 @@ class SpeculativeGeneration(Generation):
     def _text(self, device: torch.device, ahead: int) -> Text:
         """An empty output behind the prompts; a row's last step may go `ahead` beyond its end, and writes as much."""
         longest = max(len(prompt) + row.budget for prompt, row in zip(self.prompts, self.rows)) + 2 * ahead
-        tokens = torch.zeros(len(self.rows), longest, dtype=torch.int64)
+        # Of a few lengths: functions of the text are compiled for each.
+        tokens = torch.zeros(len(self.rows), 1 << longest.bit_length(), dtype=torch.int64)
         for row, prompt in enumerate(self.prompts):
             tokens[row, : len(prompt)] = prompt
         return Text(tokens.to(device), torch.tensor([len(prompt) for prompt in self.prompts], device=device))

@@ -30,7 +30,8 @@ from accelc.runtime.speculation.trees import LIMIT, Layout, Tree
 @dataclass(frozen=True)
 class PromptLookup(Drafter):
     """Drafts the `tokens` that followed the latest earlier occurrence of the text's last `ngram` tokens, or of fewer
-    where those did not occur (Saxena 2023; Ge et al. 2022). Needs no training, pays where output repeats input.
+    where those did not occur (Saxena 2023; Ge et al. 2022), over again where the text ends before. Needs no training,
+    pays where output repeats itself or its input.
     """
 
     name: ClassVar[str] = "prompt_lookup"
@@ -85,7 +86,7 @@ def look_up(tokens: Tensor, lengths: Tensor, ngram: int, count: int) -> tuple[Te
     # The longest match, and the latest of those: the first of equals in the text turned round.
     turned = (longest - 1 - place).expand_as(tokens)
     best = torch.ops.accelc.top_k(matched.gather(1, turned).float(), 1) * -1 + (longest - 1)
-    source = best + 1 + torch.arange(count, device=tokens.device)
-    found = (matched.gather(1, best) > 0) & (source < end)
-    drafts = torch.where(found, tokens.gather(1, source.clamp(max=longest - 1)), NOTHING)
+    # A text that repeats itself goes on so: what lies between the match and the end comes again and again.
+    source = best + 1 + torch.arange(count, device=tokens.device) % (end - 1 - best).clamp(min=1)
+    drafts = torch.where(matched.gather(1, best) > 0, tokens.gather(1, source.clamp(max=longest - 1)), NOTHING)
     return (torch.cat([tokens.gather(1, end - 1), drafts], dim=1),)

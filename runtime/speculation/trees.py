@@ -138,6 +138,21 @@ class Layout:
         """Most edges from the root."""
         return self.paths.shape[-1] - 1
 
+    def cut(self, size: int) -> Layout:
+        """The first `size` nodes of each tree. The depth is what so many can have: how deep they are is known on the
+        device alone.
+        """
+        if size == self.size:
+            return self
+        return Layout(
+            self.parents[:, :size].contiguous(),
+            self.ranks[:, :size].contiguous(),
+            self.depths[:, :size].contiguous(),
+            self.paths[:, :size, :size].contiguous(),
+            self.words[:, :size].contiguous(),
+            self.width,
+        )
+
 
 def layout_of(parents: Tensor, ranks: Tensor, *, depth: int, width: int) -> Layout:
     """What follows from parents and ranks [B, N] (int64; each parent in front of its children, -1 for the root) of

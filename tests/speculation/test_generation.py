@@ -10,7 +10,7 @@ from families import FAMILIES
 
 import accelc
 from accelc.ir import Exactness
-from accelc.ir.errors import DraftError, ExactnessError, NonFiniteLogitsError, TreeError
+from accelc.ir.errors import DraftError, ExactnessError, InputError, NonFiniteLogitsError, TreeError
 from accelc.runtime import SamplingParams
 from accelc.runtime.speculation.acceptance import Typical
 from accelc.runtime.speculation.draft import (
@@ -96,8 +96,9 @@ def test_tokens_are_those_of_plain_decoding(llama: accelc.CompiledDecoder, draft
     """With the same seed, sampled ones too: matching follows the random numbers of plain decoding."""
     options = {"max_new_tokens": 40, "ignore_eos": True, "sampling": sampling, "seed": 5}
     plain = llama.generate(PROMPTS, **options)  # type: ignore[arg-type]
-    fast = llama.generate(PROMPTS, draft=draft, **options)  # type: ignore[arg-type]
-    assert [t.tolist() for t in fast.tokens] == [t.tolist() for t in plain.tokens]
+    for nodes in (None, 1, 4, 100):
+        fast = llama.generate(PROMPTS, draft=draft, draft_nodes=nodes, **options)  # type: ignore[arg-type]
+        assert [t.tolist() for t in fast.tokens] == [t.tolist() for t in plain.tokens]
     assert all(len(t) == 40 for t in fast.tokens)
     assert fast.finish_reasons == plain.finish_reasons
     options["sampling"] = sampling[0] if isinstance(sampling, list) else sampling
@@ -107,7 +108,7 @@ def test_tokens_are_those_of_plain_decoding(llama: accelc.CompiledDecoder, draft
 
 def test_a_perfect_draft_takes_few_steps(llama: accelc.CompiledDecoder) -> None:
     draft = oracle(llama, PROMPTS, 41)
-    result = llama.generate(PROMPTS, max_new_tokens=41, ignore_eos=True, draft=draft)
+    result = llama.generate(PROMPTS, max_new_tokens=41, ignore_eos=True, draft=draft, draft_nodes=5)
     assert result.statistics.steps == 8  # the first token by prefill, then five a step
     found = result.statistics.speculation
     assert found is not None
@@ -122,7 +123,7 @@ def test_a_perfect_draft_takes_few_steps(llama: accelc.CompiledDecoder) -> None:
 def test_a_wrong_draft_takes_the_steps_of_plain_decoding(llama: accelc.CompiledDecoder) -> None:
     told = oracle(llama, PROMPTS, 20)
     wrong = Oracle(tuple(tuple((t + 1) % llama.vocab_size for t in row) for row in told.sequences))
-    result = llama.generate(PROMPTS, max_new_tokens=20, ignore_eos=True, draft=wrong)
+    result = llama.generate(PROMPTS, max_new_tokens=20, ignore_eos=True, draft=wrong, draft_nodes=5)
     assert result.statistics.steps == 19
     assert result.statistics.speculation is not None
     assert result.statistics.speculation.lengths[1] == 57
@@ -185,7 +186,8 @@ def test_events_come_token_by_token(llama: accelc.CompiledDecoder) -> None:
 
 
 def test_a_stream_that_is_closed_in_the_middle_of_a_step(llama: accelc.CompiledDecoder) -> None:
-    stream = llama.stream(PROMPTS, max_new_tokens=20, ignore_eos=True, draft=oracle(llama, PROMPTS, 20))
+    draft = oracle(llama, PROMPTS, 20)
+    stream = llama.stream(PROMPTS, max_new_tokens=20, ignore_eos=True, draft=draft, draft_nodes=5)
     events = [next(stream) for _ in range(8)]  # three first tokens, then some of the first step's fifteen
     assert len(events) == 8
     result = stream.result
@@ -215,7 +217,7 @@ def test_streamers_get_one_token_of_each_row(llama: accelc.CompiledDecoder) -> N
 
 def test_token_recycling_remembers(llama: accelc.CompiledDecoder) -> None:
     draft = TokenRecycling(SMALL.cut(5))  # a matrix of its own
-    options = {"max_new_tokens": 40, "ignore_eos": True, "draft": draft}
+    options = {"max_new_tokens": 40, "ignore_eos": True, "draft": draft, "draft_nodes": 5}
     first, again = (llama.generate(PROMPTS[0], **options).statistics for _ in range(2))  # type: ignore[arg-type]
     assert again.steps < first.steps
     assert again.speculation is not None
@@ -249,6 +251,10 @@ def test_mistakes_are_named(llama: accelc.CompiledDecoder) -> None:
         generate(PROMPTS, draft=3)  # type: ignore[arg-type]
     with pytest.raises(DraftError, match="nothing drafts"):
         generate(PROMPTS, accept="matching")
+    with pytest.raises(DraftError, match="draft_nodes is 4 and nothing drafts"):
+        generate(PROMPTS, draft_nodes=4)
+    with pytest.raises(InputError, match="draft_nodes"):
+        generate(PROMPTS, draft="prompt_lookup", draft_nodes=0)
     with pytest.raises(DraftError, match="no acceptance rule"):
         generate(PROMPTS, draft="prompt_lookup", accept="hopeful")
     with pytest.raises(TreeError, match="200 nodes"):

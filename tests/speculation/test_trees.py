@@ -115,3 +115,15 @@ def test_layouts_of_different_rows() -> None:
         assert torch.equal(together.depths[row], alone.depths[0])
         assert torch.equal(together.words[row], alone.words[0])
         assert torch.equal(together.paths[row][:, : tree.depth + 1], alone.paths[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(tree=trees(40), share=st.floats(0, 1))
+def test_a_layout_is_cut_as_its_tree_is(tree: Tree, share: float) -> None:
+    size = 1 + int(share * (tree.size - 1))
+    got, want = tree.layout().cut(size), tree.cut(size).layout()
+    assert got.size == size
+    for name in ("parents", "ranks", "depths", "words"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+    assert torch.equal(got.paths[..., : want.depth + 1], want.paths)
+    assert got.paths.max() < size

@@ -1,0 +1,234 @@
+"""What speculation gives on the demo's trained model and text that it was not trained on.
+
+    python benchmarks/speculation.py                     # trains the demo's model first where it is not in the cache
+    python benchmarks/speculation.py --batch 1 --repeats 5 --prompts 6
+
+Every way decodes the same held-out prompts, the ways taking turns: plain, and with each drafter, here and (where it has
+a counterpart: batch 1) in transformers. Rates are medians over turns; a mean accepted length counts the token behind
+the accepted drafts. The curve gives the time of a verifying step by its number of nodes, on which the choice of a tree
+rests.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean, median
+from typing import Annotated
+
+import torch
+import typer
+from environment import describe
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import accelc
+from accelc.demo.corpus import read_corpus
+from accelc.demo.settings import Settings
+from accelc.demo.tokenizer import encode_files
+from accelc.demo.training import Trained, trained_model
+from accelc.runtime.speculation.draft import Drafter
+from accelc.runtime.speculation.trees import RECYCLING, Tree
+
+RESULTS = Path(__file__).parent / "results"
+DRAFTERS: dict[str, Drafter] = {
+    "prompt lookup, 4": accelc.PromptLookup(tokens=4),
+    "prompt lookup, 10": accelc.PromptLookup(tokens=10),
+    "token recycling, 6 of its nodes": accelc.TokenRecycling(
+        Tree.of_paths([(0,), (1,), (0, 0), (2,), (0, 1), (0, 0, 0)])
+    ),
+    "token recycling, 16 of its nodes": accelc.TokenRecycling(RECYCLING.cut(17)),
+    "token recycling, all 80": accelc.TokenRecycling(),
+}
+CURVE = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+
+Run = Callable[[list[torch.Tensor], int], tuple[int, float, float]]
+"""prompts, new tokens -> new tokens in all, seconds after the first, mean accepted length."""
+
+
+@dataclass
+class Row:
+    """One way of decoding at one batch and temperature."""
+
+    way: str
+    batch: int
+    temperature: float
+    rates: list[float] = field(default_factory=list)
+    accepted: list[float] = field(default_factory=list)
+    step_us: dict[str, float] = field(default_factory=dict)
+    """Of one speculative step, by part: the last turn's mean."""
+
+    @property
+    def rate(self) -> float:
+        return median(self.rates)
+
+
+def main(
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; default: 1 and 4.", min=1)] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="Temperatures; default: 0 and 0.8.")] = None,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts, in batches.", min=1)] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    repeats: Annotated[int, typer.Option(help="Turns of each way.", min=1)] = 3,
+    transformers: Annotated[bool, typer.Option(help="Measure transformers' counterparts too.")] = True,
+    out: Annotated[Path, typer.Option(help="Where the files go.")] = RESULTS,
+) -> None:
+    """Measure every way; print a table, and write it as JSON and Markdown."""
+    console = Console(highlight=False)
+    settings = Settings()
+    trained = trained_model(settings, console)
+    held_out = encode_files(trained.tokenizer, read_corpus(settings.corpus_bytes).held_out.values())
+    texts = list(held_out[: prompts * 7 * prompt_tokens].view(prompts, -1)[:, :prompt_tokens])
+    decoder = accelc.compile(trained.model, max_length=prompt_tokens + new_tokens)
+    rows, runs = [], []
+    for size in batch or [1, 4]:
+        for heat in [0.0, 0.8] if temperature is None else temperature:
+            for way, run in ways(decoder, trained, heat, transformers and size == 1).items():
+                rows.append(Row(way, size, heat))
+                runs.append(run)
+    for row, run in track(list(zip(rows, runs, strict=True)), "warming up", console=console):
+        run(texts[: row.batch], 8)
+    for _ in track(range(repeats), "decoding in turns", console=console):
+        for row, run in zip(rows, runs, strict=True):
+            turn(row, run, texts, new_tokens)
+    curve = step_times(decoder, texts[0])
+    console.print(render(rows))
+    console.print("Step time by nodes (ms): " + ", ".join(f"{n}: {t * 1e3:.2f}" for n, t in curve.items()))
+    write(rows, curve, out, console, trained)
+
+
+def ways(decoder: accelc.CompiledDecoder, trained: Trained, temperature: float, theirs: bool) -> dict[str, Run]:
+    """How the prompts are decoded, by title."""
+    found: dict[str, Run] = {"accelc, plain": ours(decoder, temperature, False)}
+    found |= {f"accelc, {name}": ours(decoder, temperature, drafter) for name, drafter in DRAFTERS.items()}
+    if theirs:
+        found["transformers, plain"] = of_transformers(trained, temperature, {})
+        for tokens in (4, 10):
+            found[f"transformers, prompt lookup, {tokens}"] = of_transformers(
+                trained, temperature, {"prompt_lookup_num_tokens": tokens}
+            )
+    return found
+
+
+def ours(decoder: accelc.CompiledDecoder, temperature: float, draft: Drafter | bool) -> Run:
+    sampling = accelc.SamplingParams(temperature=temperature)
+
+    def run(prompts: list[torch.Tensor], new: int) -> tuple[int, float, float]:
+        result = decoder.generate(
+            prompts, max_new_tokens=new, ignore_eos=True, sampling=sampling, seed=0, draft=draft
+        ).statistics
+        found = result.speculation
+        length = found.mean_accepted_length if found else 1.0
+        run.seconds = {} if found is None else {p: s / result.steps * 1e6 for p, s in found.seconds.items()}  # type: ignore[attr-defined]
+        return result.new_tokens - result.batch, result.total_seconds - result.first_token_seconds, length
+
+    return run
+
+
+def of_transformers(trained: Trained, temperature: float, options: dict[str, int]) -> Run:
+    """`model.generate` of one prompt; its prefill is measured apart, by a generation of one token."""
+    model = trained.model
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    common = {"eos_token_id": model.config.vocab_size, "pad_token_id": 0, **sampling}
+
+    def run(prompts: list[torch.Tensor], new: int) -> tuple[int, float, float]:
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        ids = prompts[0][None]
+        given = {"attention_mask": torch.ones_like(ids), **common}
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            begun = time.perf_counter()
+            model.generate(ids, max_new_tokens=1, **given)
+            first = time.perf_counter()
+            hook = model.register_forward_pre_hook(count)
+            length = model.generate(ids, max_new_tokens=new, **given, **options).shape[1] - ids.shape[1]
+            done = time.perf_counter()
+            hook.remove()
+        return length - 1, (done - first) - (first - begun), length / calls
+
+    return run
+
+
+def turn(row: Row, run: Run, texts: list[torch.Tensor], new_tokens: int) -> None:
+    """All prompts once."""
+    groups = [texts[i : i + row.batch] for i in range(0, len(texts) - row.batch + 1, row.batch)]
+    found = [run(group, new_tokens) for group in groups]
+    row.rates.append(sum(f[0] for f in found) / sum(f[1] for f in found))
+    row.accepted.append(mean(f[2] for f in found))
+    row.step_us = getattr(run, "seconds", {})
+
+
+def step_times(decoder: accelc.CompiledDecoder, prompt: torch.Tensor, repeats: int = 30) -> dict[int, float]:
+    """Seconds of a verifying step behind a prompt, by its number of nodes: medians, the sizes taking turns."""
+    layouts = {n: Tree.chain(n - 1).layout() for n in CURVE}
+    times: dict[int, list[float]] = {n: [] for n in CURVE}
+    with decoder.start(prompt) as session, session.alone():
+        for number in range(repeats + 2):
+            for n, layout in layouts.items():
+                tokens = torch.full((1, n), 5)
+                begun = time.perf_counter()
+                session.verify(tokens, layout.depths, layout.words)
+                if number > 1:
+                    times[n].append(time.perf_counter() - begun)
+    return {n: median(t) for n, t in times.items()}
+
+
+HEADINGS = (
+    "way",
+    "batch",
+    "temperature",
+    "tokens/s",
+    "of plain",
+    "tokens a step",
+    "us: draft / verify / accept / update",
+)
+
+
+def figures(row: Row, rows: list[Row]) -> list[str]:
+    base = next(r for r in rows if (r.way, r.batch, r.temperature) == ("accelc, plain", row.batch, row.temperature))
+    parts = " / ".join(f"{us:.0f}" for us in row.step_us.values())
+    return [
+        row.way, str(row.batch), f"{row.temperature:g}", f"{row.rate:.0f}", f"{row.rate / base.rate:.2f}x",
+        f"{mean(row.accepted):.2f}", parts,
+    ]  # fmt: skip
+
+
+def render(rows: list[Row]) -> Table:
+    table = Table(title="speculation on held-out text", title_justify="left")
+    for index, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*figures(row, rows))
+    return table
+
+
+def write(rows: list[Row], curve: dict[int, float], out: Path, console: Console, trained: Trained) -> None:
+    here = describe()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"speculation-{here['commit'] or 'unknown'}.json"
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": here,
+        "model": trained.record,
+        "rows": [asdict(row) for row in rows],
+        "step_seconds": curve,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    lines += [f"| {' | '.join(figures(row, rows))} |" for row in rows]
+    lines += ["", "Step time by nodes (ms): " + ", ".join(f"{n}: {t * 1e3:.2f}" for n, t in curve.items())]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    console.print(f"Written: {path} and .md next to it", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))

@@ -1,0 +1,96 @@
+"""How many nodes of a drafter's tree a step verifies: what gives most tokens a second, by what was measured so far.
+
+A step takes longer the more nodes it has, from where it no longer waits for the memory; a node is worth the share of
+steps that accept it. Both are measured while decoding. Sizes that have not been tried are taken for fast until they
+have. One node is the root alone: plain decoding, which wins where speculation does not pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+SIZES = (1, 3, 6, 12, 24, 48, 96)
+"""Sizes that are tried, and the whole tree: each takes a plan of the step's memory when it is first met."""
+FIRST = 6
+EVERY = 4
+"""Steps from one decision to the next."""
+STALE = 400
+"""Steps after which the time of a size that is not much worse is measured again."""
+
+FORGET = 0.98
+"""What a step leaves of the weight of those before it."""
+DOUBT = 2.0
+"""Steps that the expectation before any step counts for."""
+
+
+class StepTimes:
+    """Seconds of a step by batch and nodes, over all generations of a decoder."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, int], float] = {}
+        self._met: set[tuple[int, int]] = set()
+
+    def add(self, batch: int, nodes: int, seconds: float) -> None:
+        """One step. The first of its size does not count: it makes a plan."""
+        key = (batch, nodes)
+        if key not in self._met:
+            self._met.add(key)
+            return
+        known = self._seconds.get(key)
+        # A machine that stumbled says little.
+        self._seconds[key] = seconds if known is None else known + 0.1 * (min(seconds, 2 * known) - known)
+
+    def known(self, batch: int, nodes: int) -> float | None:
+        return self._seconds.get((batch, nodes))
+
+
+class SizeChooser:
+    """Chooses for one generation of `batch` rows with a drafter whose trees have `size` nodes, the likeliest first."""
+
+    def __init__(self, times: StepTimes, batch: int, size: int) -> None:
+        self._times, self._batch = times, batch
+        self.sizes = [n for n in SIZES if n < size] + [size]
+        self.size = min(self.sizes, key=lambda n: abs(n - FIRST))
+        """Nodes of the next step."""
+        self._met = np.zeros(size)
+        self._kept = np.zeros(size)
+        self._expected = np.concatenate([[1.0], 0.5 / np.arange(1, size)])
+        self._step = 0
+        self._last = dict.fromkeys(self.sizes, 0)
+
+    def add(self, paths: Sequence[Sequence[int]], seconds: float) -> None:
+        """One step of the present size: the kept nodes of each row, and how long it took."""
+        self._times.add(self._batch, self.size, seconds)
+        self._step += 1
+        self._last[self.size] = self._step
+        self._met *= FORGET
+        self._kept *= FORGET
+        self._met[: self.size] += len(paths)
+        for path in paths:
+            self._kept[path] += 1
+        if self._step % EVERY == 0 or self._times.known(self._batch, self.size) is None:
+            self._decide()
+
+    def tokens(self) -> np.ndarray:
+        """Expected tokens of a row in a step of 1, 2, ... nodes."""
+        worth = (self._kept + DOUBT * self._expected) / (self._met + DOUBT)
+        return np.cumsum(worth)
+
+    def _decide(self) -> None:
+        if self._times.known(self._batch, self.size) is None:
+            return  # once more
+        tokens = self.tokens()
+        rates = {n: tokens[n - 1] / self._guess(n) for n in self.sizes}
+        best = max(rates, key=lambda n: rates[n])
+        stale = [n for n in self.sizes if self._step - self._last[n] > STALE and rates[n] > 0.8 * rates[best]]
+        self.size = stale[0] if stale else best
+
+    def _guess(self, nodes: int) -> float:
+        """Seconds of a step, measured or hoped: as fast as the next smaller size, or half of the next larger one."""
+        if (known := self._times.known(self._batch, nodes)) is not None:
+            return known
+        smaller = [t for n in self.sizes if n < nodes and (t := self._times.known(self._batch, n)) is not None]
+        larger = [t for n in self.sizes if n > nodes and (t := self._times.known(self._batch, n)) is not None]
+        return max([*smaller, *(0.5 * t for t in larger[:1])])
