@@ -1,4 +1,4 @@
-"""The demo's last part: the same model with weights in few bits, what it saves and what it loses."""
+"""The demo's second part: the same model with weights in few bits, what it saves and what it loses."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ WINDOW = 512
 def show_quantized(
     trained: Trained, settings: Settings, floats: Decoder, prompt: object, new_tokens: int, repeats: int,
     console: Console,
-) -> None:  # fmt: skip
-    """Print bytes, perplexity on files that were held out from training, and tokens a second, by scheme."""
+) -> dict[str, Decoder]:  # fmt: skip
+    """Print bytes, perplexity on files that were held out from training, and tokens a second, by scheme; returns the
+    decoders, by scheme.
+    """
     corpus = read_corpus(settings.corpus_bytes)
     ids = encode_files(trained.tokenizer, corpus.held_out.values())[:TOKENS]
-    decoders = {"fp32": floats}
+    decoders: dict[str, Decoder] = {"fp32": floats}
     losses = {}
     for scheme in SCHEMES:
         decoders[scheme] = accelc.compile(trained.model, max_length=floats.max_length, quantize=scheme)
@@ -44,6 +46,7 @@ def show_quantized(
         loss = losses[contender.name].perplexity
         table.add_row(contender.name, f"{size:.1f}", f"{loss:.2f}", f"{contender.tokens_per_second:.0f}")
     console.print(table)
+    return decoders
 
 
 def _weights(decoder: object) -> list:

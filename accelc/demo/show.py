@@ -13,6 +13,7 @@ from accelc.demo.compare import first_difference, table
 from accelc.demo.contenders import accelc_decoder, interleave, make_ready, transformers_eager, transformers_inductor
 from accelc.demo.quantized import show_quantized
 from accelc.demo.settings import Settings
+from accelc.demo.speculative import show_speculation
 from accelc.demo.training import Trained, trained_model
 from accelc.runtime.decoder import Decoder
 
@@ -57,8 +58,9 @@ def show(prompt: str, new_tokens: int, repeats: int, steps: int | None) -> None:
     interleave(contenders, ids, new_tokens, repeats)
     same = _report_tokens(trained, ids, contenders[0].samples[0].tokens, contenders[-1].samples[0].tokens, console)
     console.print(table(contenders, f"{trained.record['parameters'] / 1e6:.1f} M parameters, fp32, batch 1"))
-    show_quantized(trained, settings, decoder, ids, new_tokens, repeats, console)
-    if not same:
+    decoders = show_quantized(trained, settings, decoder, ids, new_tokens, repeats, console)
+    chosen = {name: decoders[name] for name in ("fp32", "int4:g64")}
+    if not show_speculation(chosen, ids, new_tokens, repeats, console) or not same:
         raise typer.Exit(1)
 
 
