@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from accelc import hf as hf
     from accelc.compiler import compile as compile
     from accelc.decoder import CompiledDecoder as CompiledDecoder
+    from accelc.draft_model import DraftModel as DraftModel
     from accelc.evaluate import perplexity as perplexity
     from accelc.ir import Exactness as Exactness
     from accelc.ir.errors import AccelcError as AccelcError
@@ -32,6 +33,7 @@ _PLACES = {
     "perplexity": "accelc.evaluate",
     "compile": "accelc.compiler",
     "CompiledDecoder": "accelc.decoder",
+    "DraftModel": "accelc.draft_model",
     "Exactness": "accelc.ir",
     "AccelcError": "accelc.ir.errors",
     "PromptLookup": "accelc.runtime.speculation.prompt_lookup",
@@ -60,6 +62,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "AccelcError", "Calibration", "CompiledDecoder", "Exactness", "PromptLookup", "QuantizeWeights", "SamplingParams",
-    "TokenRecycling", "Tree", "compile", "hf", "perplexity",
+    "AccelcError", "Calibration", "CompiledDecoder", "DraftModel", "Exactness", "PromptLookup", "QuantizeWeights",
+    "SamplingParams", "TokenRecycling", "Tree", "compile", "hf", "perplexity",
 ]  # fmt: skip

@@ -98,6 +98,9 @@ def generate(
     draft: Annotated[
         str | None, typer.Option(help="Speculate with this drafter: prompt_lookup or token_recycling.")
     ] = None,
+    draft_model: Annotated[
+        Path | None, typer.Option(help="Speculate with the smaller model in this directory.")
+    ] = None,
     accept: Annotated[
         str | None, typer.Option(help="Acceptance rule: matching, rejection (both lossless) or typical (LOSSY).")
     ] = None,
@@ -109,7 +112,7 @@ def generate(
     """Continue a prompt with the model in a directory; the text streams to standard output."""
     from accelc.compiler import check_draft
     from accelc.evaluate import read_texts
-    from accelc.ir.errors import EmptyPromptError, PromptTooLongError
+    from accelc.ir.errors import EmptyPromptError, InputError, PromptTooLongError
     from accelc.runtime.text import encode
 
     with _named_errors():
@@ -121,7 +124,10 @@ def generate(
         if sampling.greedy and (seed is not None or top_k or top_p != 1 or min_p):
             notice = "At temperature 0 the likeliest token is taken: the seed and the filters have no effect."
             errors.print(notice, soft_wrap=True)
-        check_draft(draft, accept, accelc.Exactness.LOSSY)
+        if draft is not None and draft_model is not None:
+            raise InputError("two drafters", remedy="Give --draft or --draft-model, and not both.")
+        drafter = draft if draft_model is None else accelc.DraftModel(draft_model)
+        check_draft(drafter, accept, accelc.Exactness.LOSSY)
         decoder = _compiled(model, max_length, dtype, quantize, eager)
         if report:
             errors.print(decoder.renderable(), width=None if errors.is_terminal else 120)
@@ -135,7 +141,7 @@ def generate(
             sampling=sampling,
             seed=seed,
             stop_strings=tuple(stop or ()),
-            draft=draft,
+            draft=drafter,
             accept=accept,
         ) as stream:
             for event in stream:

@@ -33,6 +33,7 @@ from accelc.runtime import cache_capacity
 from accelc.runtime.arguments import check_vocabulary, token_ids
 from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
 from accelc.runtime.speculation.draft import DRAFTERS, Drafter
+from accelc.runtime.speculation.speculator import Wish
 from accelc.runtime.speculation.trees import WORDS
 from accelc.runtime.steps import TreeSteps
 from accelc.runtime.text import decode_function
@@ -168,7 +169,7 @@ def compile(
     facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
     if eos is not None:
         check_vocabulary("eos", token_ids("eos", eos), int(facts["vocab_size"]))
-    return CompiledDecoder(
+    decoder = CompiledDecoder(
         programs,
         report,
         decode=run_step,
@@ -190,6 +191,8 @@ def compile(
         accept=accept,
         draft_nodes=draft_nodes,
     )
+    decoder.speculator.speculation(Wish(), decoder.setting(), greedy=True)  # a drafter that does not fit is named now
+    return decoder
 
 
 def check_draft(draft: Drafter | str | None, accept: AcceptanceRule | str | None, require: Exactness) -> None:

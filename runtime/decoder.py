@@ -8,20 +8,20 @@ from typing import NoReturn
 
 import torch
 
-from accelc.ir.errors import CopyError, DraftError, InputError, PromptTooLongError, StopError, TreeError
+from accelc.ir.errors import CopyError, InputError, PromptTooLongError, StopError
 from accelc.ir.state import StateSpec
 from accelc.runtime.arguments import check_count, check_vocabulary, reject_unknown, string_list, token_ids
-from accelc.runtime.functions import Compile, Functions
+from accelc.runtime.functions import Compile
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.prompts import Prompt, read_prompts
 from accelc.runtime.result import GenerateResult
 from accelc.runtime.sampling import SamplingParams
 from accelc.runtime.selection import spread_params, spread_seeds
 from accelc.runtime.session import Session
-from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
-from accelc.runtime.speculation.choice import StepTimes
-from accelc.runtime.speculation.draft import DRAFTERS, Drafter, Setting, Source
-from accelc.runtime.speculation.generation import Speculation, SpeculativeGeneration
+from accelc.runtime.speculation.acceptance import AcceptanceRule
+from accelc.runtime.speculation.draft import Drafter, Setting
+from accelc.runtime.speculation.generation import SpeculativeGeneration
+from accelc.runtime.speculation.speculator import Speculator, Wish
 from accelc.runtime.steps import StatePool, StepFunction, Steps, TreeSteps, cache_capacity
 from accelc.runtime.stopping import Stops
 from accelc.runtime.stream import Stream, Streamer, StreamerGuard
@@ -87,10 +87,8 @@ class Decoder:
         self._before_call = before_call
         self._vocab_size, self._input_vocab_size = vocab_size, input_vocab_size
         self._pool = StatePool(self.steps)
-        self._sources: dict[Drafter, Source] = {}
-        self._functions = Functions(compile_function)
-        self._draft, self._accept, self._draft_nodes = draft, accept, draft_nodes
-        self._times = StepTimes()
+        room = self.steps.capacity - self.steps.max_length if trees is not None else 0
+        self.speculator = Speculator(Wish(draft, accept, draft_nodes), compile_function, room)
         # Re-entrant: a streamer may call the decoder that is calling it. Calls never share states, so that is safe.
         self._lock = threading.RLock()
 
@@ -154,9 +152,7 @@ class Decoder:
                 stop_strings,
                 ignore_eos,
                 tokenizer,
-                draft,
-                accept,
-                draft_nodes,
+                Wish(draft, accept, draft_nodes),
             )
             with generation.session, torch.inference_mode():
                 if streamer is None:
@@ -197,9 +193,7 @@ class Decoder:
                 stop_strings,
                 ignore_eos,
                 tokenizer,
-                draft,
-                accept,
-                draft_nodes,
+                Wish(draft, accept, draft_nodes),
             )
             return Stream(generation, self._lock)
 
@@ -214,6 +208,10 @@ class Decoder:
                 session.close(discard=True)
                 raise
             return session
+
+    def setting(self) -> Setting:
+        """What drafters are bound to."""
+        return Setting(self.vocab_size, self.steps.device, self.input_vocab_size, self.max_length)
 
     def __reduce__(self) -> NoReturn:
         raise CopyError(
@@ -238,9 +236,7 @@ class Decoder:
         stop_strings: str | Sequence[str],
         ignore_eos: bool,
         tokenizer: Tokenizer | Decode | None,
-        draft: Drafter | str | bool | None,
-        accept: AcceptanceRule | str | None,
-        draft_nodes: int | None,
+        wish: Wish,
     ) -> Generation:
         """Check everything a caller gave, then take states."""
         if self._before_call is not None:  # `start` leaves that to its session
@@ -255,9 +251,9 @@ class Decoder:
         decode = decode_function(tokenizer if tokenizer is not None else self.tokenizer)
         if strings and decode is None:
             raise StopError("stop strings without a tokenizer", remedy="Pass tokenizer=, or use stop_tokens.")
-        speculation = self._speculation(draft, accept, draft_nodes)
         prompts = self._read(prompt)
         params, seeds = spread_params(sampling, len(prompts)), spread_seeds(seed, len(prompts))
+        speculation = self.speculator.speculation(wish, self.setting(), greedy=all(p.greedy for p in params))
         rows = []
         for index, ids in enumerate(prompts):
             room = self.max_length - len(ids)
@@ -270,27 +266,3 @@ class Decoder:
             rows.append(Row(index, int(max_new_tokens or room), stops, text))
         given = (self._session(len(prompts)), prompts, rows, params, seeds)
         return Generation(*given) if speculation is None else SpeculativeGeneration(*given, speculation=speculation)
-
-    def _speculation(
-        self, draft: Drafter | str | bool | None, accept: AcceptanceRule | str | None, nodes: int | None
-    ) -> Speculation | None:
-        """What a call asks for, or the decoder itself where the call does not say."""
-        asked = self._draft if draft is None else draft
-        if asked is None or asked is False:
-            for name, value in (("accept", accept), ("draft_nodes", nodes)):
-                if value is not None:
-                    raise DraftError(f"{name} is {value!r} and nothing drafts", remedy="Pass draft= as well.")
-            return None
-        if nodes is not None:
-            check_count("draft_nodes", nodes)
-        drafter = DRAFTERS.find(asked)
-        rule = rule_for(drafter.kind, self._accept if accept is None else accept)
-        if self.steps.trees is None:
-            raise DraftError("this decoder has no step for trees", remedy="Make it with accelc.compile.")
-        if drafter not in self._sources:
-            self._sources[drafter] = drafter.bind(Setting(self.vocab_size, self.steps.device, self._functions))
-        source, room = self._sources[drafter], self.steps.capacity - self.steps.max_length
-        if source.size > room:
-            raise TreeError(f"{drafter.name} drafts trees of {source.size} nodes, and the caches have room for {room}")
-        nodes = self._draft_nodes if nodes is None else nodes
-        return Speculation(drafter.name, source, rule, self._functions, self._times, nodes)

@@ -137,6 +137,12 @@ class Session:
         self._decode = bound(self.steps.decode, *inputs)
         return self._decode
 
+    def append(self, tokens: Tensor) -> Tensor:
+        """Append a chain of N tokens to every row (int64 [B, N]): logits [B, N, V]."""
+        logits = self._run(tokens)
+        self.lengths.add_(tokens.shape[1])
+        return logits
+
     def verify(self, tokens: Tensor, depths: Tensor, words: Tensor) -> Tensor:
         """Run a tree of new tokens [B, N] behind the committed ones, committing nothing: logits [B, N, V].
 

@@ -92,13 +92,14 @@ def register_rule(cls: RuleClass) -> RuleClass:
     return cls
 
 
-def rule_for(kind: DraftKind, given: AcceptanceRule | str | None = None) -> AcceptanceRule:
-    """A rule from its name or itself, for drafts of a kind; None takes the best lossless one.
+def rule_for(kind: DraftKind, given: AcceptanceRule | str | None = None, *, greedy: bool = False) -> AcceptanceRule:
+    """A rule from its name or itself, for drafts of a kind; None takes the best lossless one (``greedy``: where no row
+    draws its tokens).
 
     Raises `DraftError` for a rule that is unknown or does not keep its promise for such drafts.
     """
     if given is None:
-        return Matching() if kind is DraftKind.DETERMINISTIC else Rejection()
+        return Matching() if greedy or kind is DraftKind.DETERMINISTIC else Rejection()
     rule = RULES.find(given)
     if kind not in rule.kinds:
         raise DraftError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from accelc.runtime.functions import Functions
 from accelc.runtime.speculation.registry import Registry
 from accelc.runtime.speculation.trees import Layout
+
+if TYPE_CHECKING:
+    from accelc.runtime.speculation.target import TargetSampler
 
 NOTHING = -2
 """A node without a token: it is verified as token 0, and nothing equals it."""
@@ -99,13 +102,22 @@ class Proposer(ABC):
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted) -> None:  # noqa: B027 - optional
         """What verification gave: logits [B, N, V] of the draft's nodes, and what was kept of it."""
 
+    def close(self) -> None:  # noqa: B027 - optional
+        """The generation has ended."""
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What a drafter is bound to: the decoder's vocabulary and device, and what calls its tensor functions."""
+    """What a drafter is bound to: a decoder's vocabulary, longest sequence and device, and what calls its tensor
+    functions.
+    """
 
     vocab_size: int
+    """Tokens that the model scores."""
     device: torch.device
+    input_vocab_size: int = 0
+    """Tokens that it reads."""
+    max_length: int = 0
     call: Functions = field(default_factory=Functions)
 
 
@@ -118,8 +130,10 @@ class Source(ABC):
     """Most tokens of a path behind the root."""
 
     @abstractmethod
-    def start(self, text: Text) -> Proposer:
-        """For a generation that begins with this text (the prompts and the first token of each row)."""
+    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
+        """For a generation that begins with this text (the prompts and the first token of each row); ``sampler``: how
+        its tokens are chosen, for drafters that draw theirs.
+        """
 
 
 class Drafter(ABC):

@@ -8,28 +8,14 @@ from time import perf_counter
 
 import torch
 
-from accelc.runtime.functions import Functions
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
-from accelc.runtime.speculation.acceptance import AcceptanceRule
-from accelc.runtime.speculation.choice import SizeChooser, StepTimes
-from accelc.runtime.speculation.draft import Source, Text
+from accelc.runtime.speculation.choice import SizeChooser
+from accelc.runtime.speculation.draft import Proposer, Text
+from accelc.runtime.speculation.speculator import Speculation
 from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
 from accelc.runtime.speculation.trees import Layout
-
-
-@dataclass(frozen=True)
-class Speculation:
-    """How a generation speculates: a drafter that is bound to the decoder, and the rule for its drafts."""
-
-    name: str
-    source: Source
-    rule: AcceptanceRule
-    call: Functions
-    times: StepTimes
-    nodes: int | None = None
-    """Nodes that a step verifies; None: chosen by measurement."""
 
 
 @dataclass
@@ -38,9 +24,17 @@ class SpeculativeGeneration(Generation):
 
     speculation: Speculation = field(kw_only=True)
     recorder: Recorder = field(default_factory=Recorder)
+    _proposer: Proposer | None = None
 
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
+        try:
+            yield from self._run()
+        finally:
+            if self._proposer is not None:
+                self._proposer.close()
+
+    def _run(self) -> Generator[list[Row], None, None]:
         session, source, rule = self.session, self.speculation.source, self.speculation.rule
         begun = perf_counter()
         logits = session.prefill(self.prompts)  # [B, V]
@@ -50,7 +44,6 @@ class SpeculativeGeneration(Generation):
         tokens = sampler.first(logits)[:, None]
         counts = torch.ones_like(sampler.new)
         text = self._text(tokens.device, source.depth + 1)
-        proposer = source.start(text)
         chooser = SizeChooser(self.speculation.times, len(self.rows), source.size)
         layouts: dict[tuple[Layout, int], Layout] = {}
         active = self.rows
@@ -62,13 +55,16 @@ class SpeculativeGeneration(Generation):
                 self.first_token_seconds = self.seconds
             yield from self._take(active, tokens.tolist(), counts.tolist())
             begun = perf_counter()
-            session.retire([row.index for row in active if row.finish is not None])
-            active = [row for row in active if row.finish is None]
-            if not active:
-                return
+            if ended := [row.index for row in active if row.finish is not None]:
+                session.retire(ended)
+                active = [row for row in active if row.finish is None]
+                if not active:
+                    return
             self._require_readable(active, session.input_vocab_size)
             times = [perf_counter()]
-            draft = proposer.propose(text)
+            if self._proposer is None:
+                self._proposer = source.start(text, sampler)
+            draft = self._proposer.propose(text)
             cut = (draft.layout, min(self.speculation.nodes or chooser.size, draft.layout.size))
             if cut not in layouts:
                 layouts = {**layouts, cut: draft.layout.cut(cut[1])}
@@ -80,7 +76,7 @@ class SpeculativeGeneration(Generation):
             accepted = rule.accept(Target(sampler, draft, logits))
             counts, tokens = session.commit(accepted.path, accepted.counts), accepted.tokens
             times.append(perf_counter())
-            proposer.observe(draft, logits, accepted)
+            self._proposer.observe(draft, logits, accepted)
             times.append(perf_counter())
             self.steps += 1
             rows = [row.index for row in active]

@@ -23,6 +23,7 @@ from accelc.runtime.speculation.draft import (
     Text,
     register_drafter,
 )
+from accelc.runtime.speculation.target import TargetSampler
 from accelc.runtime.speculation.trees import LIMIT, Layout, Tree
 
 
@@ -56,7 +57,7 @@ class _Source(Source):
         layout = Tree.chain(options.tokens).layout(setting.device)
         self._proposer = _Lookup(functools.partial(look_up, ngram=options.ngram, count=options.tokens), layout, setting)
 
-    def start(self, text: Text) -> Proposer:
+    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
         return self._proposer
 
 

@@ -82,14 +82,16 @@ class Recorder:
 
     def summary(self, drafter: str, rule: str) -> SpeculationStatistics:
         """The statistics of all steps so far."""
-        row_steps = [_of_rows(*step) for step in self._steps]
+        by_layout: dict[int, list[tuple[Layout, Tensor, Tensor, list[int]]]] = {}
+        for step in self._steps:
+            by_layout.setdefault(id(step[0]), []).append(step)
         depth = max((layout.depth for layout, *_ in self._steps), default=0)
         width = max((layout.width for layout, *_ in self._steps), default=0)
         lengths = torch.zeros(depth + 2, dtype=torch.int64)
         reached, accepted = (torch.zeros(depth, width, dtype=torch.int64) for _ in range(2))
-        for counts, places, below, kept in row_steps:
+        for steps in by_layout.values():
+            counts, cells, below, kept = _of_rows(steps, width)
             lengths += torch.bincount(counts, minlength=depth + 2)
-            cells = places[:, 0] * width + places[:, 1]
             reached.view(-1).scatter_add_(0, cells, below)
             accepted.view(-1).scatter_add_(0, cells, kept)
         return SpeculationStatistics(
@@ -104,18 +106,24 @@ class Recorder:
         )
 
 
-def _of_rows(layout: Layout, tokens: Tensor, node: Tensor, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of one step's rows R: tokens they took [R]; depth - 1 and rank of each draft [R * (N - 1), 2]; which of them were
-    below a kept node and had a token, and which were kept [R * (N - 1)] int64.
+def _of_rows(
+    steps: Sequence[tuple[Layout, Tensor, Tensor, list[int]]], width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of all rows R of steps with one layout: tokens they took [R]; (depth - 1) * width + rank of each draft
+    [R * (N - 1)]; which of them were below a kept node and had a token, and which were kept [R * (N - 1)] int64.
     """
-    b, n = tokens.shape
-    index = torch.tensor(rows)
-    parents, ranks, depths = (t.expand(b, -1).cpu()[index] for t in (layout.parents, layout.ranks, layout.depths))
-    last, tokens = node.cpu()[index, None], tokens.cpu()[index]
-    words = layout.words.expand(b, -1, -1).cpu()[index].gather(1, last[..., None].expand(-1, -1, layout.words.shape[2]))
-    place = torch.arange(n)
-    on_path = words[:, 0].repeat_interleave(WORD, dim=1)[:, :n] >> (place % WORD) & 1
+    layout = steps[0][0]
+    b, n = steps[0][1].shape
+    index = torch.tensor([step * b + row for step, (*_, rows) in enumerate(steps) for row in rows])
+    tokens = torch.cat([tokens for _, tokens, *_ in steps]).cpu()[index]
+    last = torch.cat([node for _, _, node, _ in steps]).cpu()[index, None]
+    parents, ranks, depths, words = (
+        t.cpu()[index % b if len(t) > 1 else index * 0]
+        for t in (layout.parents, layout.ranks, layout.depths, layout.words)
+    )
+    ancestors = words.gather(1, last[..., None].expand(-1, -1, words.shape[2]))[:, 0]
+    on_path = ancestors.repeat_interleave(WORD, dim=1)[:, :n] >> (torch.arange(n) % WORD) & 1
     below = on_path.gather(1, parents[:, 1:]) * (tokens[:, 1:] >= 0)
-    places = torch.stack([depths[:, 1:] - 1, ranks[:, 1:]], dim=-1)
+    cells = (depths[:, 1:] - 1) * width + ranks[:, 1:]
     counts = depths.gather(1, last).squeeze(1) + 1
-    return counts, places.flatten(0, 1), below.flatten(), (below * on_path[:, 1:]).flatten()
+    return counts, cells.flatten(), below.flatten(), (below * on_path[:, 1:]).flatten()

@@ -21,6 +21,7 @@ from accelc.runtime.speculation.draft import (
     Text,
     register_drafter,
 )
+from accelc.runtime.speculation.target import TargetSampler
 from accelc.runtime.speculation.trees import RECYCLING, Tree
 
 
@@ -55,7 +56,7 @@ class _Source(Source):
         self.size, self.depth = tree.size, tree.depth
         self._proposer = _Recycler(tree, setting)
 
-    def start(self, text: Text) -> Proposer:
+    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
         return self._proposer
 
 

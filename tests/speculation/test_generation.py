@@ -25,6 +25,7 @@ from accelc.runtime.speculation.draft import (
     register_drafter,
 )
 from accelc.runtime.speculation.prompt_lookup import PromptLookup
+from accelc.runtime.speculation.target import TargetSampler
 from accelc.runtime.speculation.token_recycling import TokenRecycling
 from accelc.runtime.speculation.trees import Tree
 
@@ -53,7 +54,7 @@ class _Told(Source):
         self.size, self.depth = oracle.length + 1, oracle.length
         self.sequences = torch.tensor(oracle.sequences)
 
-    def start(self, text: Text) -> Proposer:
+    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
         return _Reader(self)
 
 

@@ -1,0 +1,126 @@
+"""Drafts of a second, smaller model with a decoder of its own: the runtime part of `accelc.DraftModel`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accelc.ir.errors import DraftError
+from accelc.runtime.sampling import draw_from
+from accelc.runtime.session import Session
+from accelc.runtime.speculation.draft import Draft, DraftKind, Proposer, Setting, Source, Text
+from accelc.runtime.speculation.target import TargetSampler
+from accelc.runtime.speculation.trees import Tree
+
+
+class SecondModel(Source):
+    """Chains drawn from the model's own distribution, or trees of its likeliest tokens.
+
+    decoder: an `accelc.runtime.Decoder`; tokens: of a chain; tree: in place of a chain.
+    """
+
+    def __init__(self, decoder: object, tokens: int, tree: Tree | None, setting: Setting) -> None:
+        from accelc.runtime.decoder import Decoder
+
+        assert isinstance(decoder, Decoder)
+        for what, own, wanted in (
+            ("scores", decoder.vocab_size, setting.vocab_size),
+            ("reads", decoder.input_vocab_size, setting.input_vocab_size),
+        ):
+            if own != wanted:
+                raise DraftError(
+                    f"the draft model {what} {own} tokens, and the model {wanted}",
+                    remedy="Both need one vocabulary: take a draft model with the same tokenizer.",
+                )
+        if decoder.max_length < setting.max_length:
+            raise DraftError(
+                f"the draft model's decoder holds {decoder.max_length} tokens, and the model's {setting.max_length}",
+                remedy=f"Compile it with max_length={setting.max_length}.",
+            )
+        self.decoder, self.call = decoder, setting.call
+        self.tree = None if tree is None else tree.by_level()
+        self.size = tokens + 1 if tree is None else tree.size
+        self.depth = tokens if tree is None else tree.depth
+        self.layout = (self.tree or Tree.chain(tokens)).layout(setting.device)
+
+    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
+        known = [row[: int(length) - 1] for row, length in zip(text.tokens.cpu(), text.lengths.tolist())]
+        session = self.decoder.start(known)
+        return _Chain(session, self, sampler) if self.tree is None else _Tree(session, self)
+
+
+class _Model(Proposer):
+    """The second model holds what the first one has committed: what it drafted is what was verified, up to the length
+    that was accepted. Its last two tokens are run again, because the last draft was not run at all.
+    """
+
+    def __init__(self, session: Session, source: SecondModel) -> None:
+        self.session, self.layout, self.call = session, source.layout, source.call
+
+    def behind(self, text: Text) -> Tensor:
+        """Its logits [B, V] behind the last token of each row."""
+        self.session.lengths.copy_(text.lengths - 2)
+        place = text.lengths[:, None] + torch.tensor([-2, -1], device=text.lengths.device)
+        return self.session.append(text.tokens.gather(1, place))[:, -1]
+
+    def close(self) -> None:
+        self.session.close()
+
+
+class _Chain(_Model):
+    def __init__(self, session: Session, source: SecondModel, sampler: TargetSampler) -> None:
+        super().__init__(session, source)
+        self.sampler = sampler
+
+    def propose(self, text: Text) -> Draft:
+        tokens, count = [text.last()], self.layout.size - 1
+        shaping = self.sampler.shaping
+        uniforms = self.sampler.own_uniforms(count) if shaping.samples else None
+        proposed: list[Tensor] = []
+        with self.session.alone():
+            logits = self.behind(text)
+            for index in range(count):
+                if index:
+                    logits = self.session.decode(tokens[-1])
+                (best,) = self.call(likeliest_token, logits.contiguous())
+                if uniforms is not None:
+                    scores = logits.float()
+                    q = torch.zeros_like(scores).scatter_(1, best[:, None], 1.0)
+                    q = torch.where(shaping.greedy[:, None], q, shaping.filter(scores).softmax(-1))
+                    proposed.append(q)
+                    best = torch.where(shaping.greedy, best, draw_from(q, uniforms[:, index]))
+                tokens.append(best)
+        drafts = torch.stack(tokens, dim=1)
+        if uniforms is None:
+            return Draft(drafts, self.layout)
+        proposed.append(torch.zeros_like(proposed[0]))  # behind the last draft
+        return Draft(drafts, self.layout, DraftKind.INDEPENDENT, torch.stack(proposed, dim=1))
+
+
+class _Tree(_Model):
+    def __init__(self, session: Session, source: SecondModel) -> None:
+        super().__init__(session, source)
+        assert source.tree is not None
+        self.tree = source.tree
+        depths = self.tree.depths
+        self.ends = [sum(d <= depth for d in depths) for depth in range(self.tree.depth + 1)]
+
+    def propose(self, text: Text) -> Draft:
+        parents, ranks = self.layout.parents[0], self.layout.ranks[0]
+        tokens = text.last()[:, None]
+        with self.session.alone():
+            scores = self.behind(text)[:, None]  # of the nodes so far
+            for begin, end in zip(self.ends, self.ends[1:]):
+                best = torch.ops.accelc.top_k(scores.contiguous(), self.tree.width)  # [B, nodes, K]
+                level = slice(begin, end)
+                tokens = torch.cat([tokens, best[:, parents[level], ranks[level]]], dim=1)
+                if end < self.tree.size:
+                    self.session.lengths.copy_(text.lengths - 1)
+                    layout = self.layout.cut(end)
+                    scores = self.session.verify(tokens, layout.depths, layout.words)
+        return Draft(tokens, self.layout)
+
+
+def likeliest_token(logits: Tensor) -> tuple[Tensor]:
+    """The token [B] with the largest logit [B, V]."""
+    return (torch.ops.accelc.top_k(logits, 1).squeeze(1),)
