@@ -46,6 +46,17 @@ def test_generate_reads_standard_input_and_reports(saved: Path) -> None:
     assert "tok/s" in result.output
 
 
+def test_generate_with_drafters(saved: Path) -> None:
+    command = ["generate", str(saved), "--prompt", "w05 w09 w33", "--max-new-tokens", "9"]
+    plain = runner.invoke(app, command)
+    for options in (["--draft", "prompt_lookup"], ["--draft-model", str(saved), "--accept", "rejection"]):
+        result = runner.invoke(app, [*command, *options, "--report"])
+        assert result.exit_code == 0, result.output
+        assert result.stdout == plain.stdout
+        assert "tokens a step" in result.output
+        assert "rank 0" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -56,6 +67,11 @@ def test_generate_reads_standard_input_and_reports(saved: Path) -> None:
         (["--prompt", ""], "EmptyPromptError"),
         (["--stop", ""], "StopError"),
         (["--seed", "-1"], "SamplingError"),
+        (["--draft", "prompt_look"], "DraftError"),
+        (["--accept", "matching"], "DraftError"),
+        (["--draft", "prompt_lookup", "--accept", "hopeful"], "DraftError"),
+        (["--draft", "prompt_lookup", "--draft-model", "x"], "InputError"),
+        (["--draft-model", "no-such-directory"], "InputError"),
     ],
 )
 def test_errors_are_named_without_a_traceback(saved: Path, arguments: list[str], name: str) -> None:
