@@ -102,6 +102,9 @@ class Proposer(ABC):
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted) -> None:  # noqa: B027 - optional
         """What verification gave: logits [B, N, V] of the draft's nodes, and what was kept of it."""
 
+    def skip(self) -> None:  # noqa: B027 - optional
+        """One token a row comes without a proposal."""
+
     def close(self) -> None:  # noqa: B027 - optional
         """The generation has ended."""
 

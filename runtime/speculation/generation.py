@@ -11,11 +11,14 @@ import torch
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
 from accelc.runtime.speculation.choice import SizeChooser
-from accelc.runtime.speculation.draft import Proposer, Text
+from accelc.runtime.speculation.draft import Draft, Proposer, Text
 from accelc.runtime.speculation.speculator import Speculation
 from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
-from accelc.runtime.speculation.trees import Layout
+from accelc.runtime.speculation.trees import Layout, Tree
+
+ROOT = Tree.chain(0).layout()
+"""Of a step without drafts."""
 
 
 @dataclass
@@ -25,6 +28,8 @@ class SpeculativeGeneration(Generation):
     speculation: Speculation = field(kw_only=True)
     recorder: Recorder = field(default_factory=Recorder)
     _proposer: Proposer | None = None
+    _layouts: dict[tuple[Layout, int], Layout] = field(default_factory=dict)
+    """Of trees that were cut."""
 
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
@@ -45,7 +50,6 @@ class SpeculativeGeneration(Generation):
         counts = torch.ones_like(sampler.new)
         text = self._text(tokens.device, source.depth + 1)
         chooser = SizeChooser(self.speculation.times, len(self.rows), source.size)
-        layouts: dict[tuple[Layout, int], Layout] = {}
         active = self.rows
         while True:
             text.append(tokens, counts)
@@ -64,11 +68,7 @@ class SpeculativeGeneration(Generation):
             times = [perf_counter()]
             if self._proposer is None:
                 self._proposer = source.start(text, sampler)
-            draft = self._proposer.propose(text)
-            cut = (draft.layout, min(self.speculation.nodes or chooser.size, draft.layout.size))
-            if cut not in layouts:
-                layouts = {**layouts, cut: draft.layout.cut(cut[1])}
-            draft = draft.cut(layouts[cut])
+            draft = self._draft(self._proposer, text, self.speculation.nodes or chooser.size)
             times.append(perf_counter())
             logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
             session.synchronize()
@@ -85,6 +85,17 @@ class SpeculativeGeneration(Generation):
                 kept = zip(accepted.path.tolist(), accepted.counts.tolist())
                 paths = [path[:count] for row, (path, count) in enumerate(kept) if row in rows]
                 chooser.add(paths, times[-1] - times[0])
+
+    def _draft(self, proposer: Proposer, text: Text, size: int) -> Draft:
+        """A tree of at most `size` nodes; the root alone is plain decoding."""
+        if size == 1:
+            proposer.skip()
+            return Draft(text.last()[:, None], ROOT)
+        draft = proposer.propose(text)
+        cut = (draft.layout, min(size, draft.layout.size))
+        if cut not in self._layouts:
+            self._layouts = {**self._layouts, cut: draft.layout.cut(cut[1])}
+        return draft.cut(self._layouts[cut])
 
     @staticmethod
     def _take(active: Sequence[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:

@@ -51,17 +51,31 @@ class SecondModel(Source):
 
 class _Model(Proposer):
     """The second model holds what the first one has committed: what it drafted is what was verified, up to the length
-    that was accepted. Its last two tokens are run again, because the last draft was not run at all.
+    that was accepted. The last two tokens are run again, because the last draft was not run at all, and so are those
+    that came without a draft.
     """
 
     def __init__(self, session: Session, source: SecondModel) -> None:
         self.session, self.layout, self.call = session, source.layout, source.call
+        self.skipped = 0
+
+    def skip(self) -> None:
+        self.skipped += 1
 
     def behind(self, text: Text) -> Tensor:
         """Its logits [B, V] behind the last token of each row."""
-        self.session.lengths.copy_(text.lengths - 2)
-        place = text.lengths[:, None] + torch.tensor([-2, -1], device=text.lengths.device)
-        return self.session.append(text.tokens.gather(1, place))[:, -1]
+        back, self.skipped = 1 << (1 + self.skipped).bit_length(), 0  # sizes are planned one by one: few of them
+        while True:
+            size = min(back, self.session.steps.chunk)
+            start = (text.lengths - back).clamp(min=0)
+            place = start[:, None] + torch.arange(size, device=start.device)
+            self.session.lengths.copy_(start)
+            logits = self.session.append(text.tokens.gather(1, place.clamp(max=text.tokens.shape[1] - 1)))
+            back -= size
+            if back == 0:
+                self.session.lengths.copy_(text.lengths)  # what a short row ran behind its end does not count
+                last = (text.lengths - 1 - start).clamp(max=size - 1)
+                return logits[torch.arange(len(last), device=last.device), last]
 
     def close(self) -> None:
         self.session.close()

@@ -70,18 +70,29 @@ def test_greedy_tokens_stay(
         assert found.mean_accepted_length > 1.5
 
 
-def test_matched_samples_are_those_of_plain_decoding(
-    target: accelc.CompiledDecoder, near: accelc.CompiledDecoder
-) -> None:
+def test_it_catches_up_after_tokens_without_drafts(target: accelc.CompiledDecoder) -> None:
+    """Drafts of the model itself are kept whenever they are made, though it was left out for many tokens."""
+    draft = accelc.DraftModel(FAMILIES["llama"].build(), tokens=4)
+    for pause in (1, 2, 5, 40):
+        stream = target.stream(PROMPTS, max_new_tokens=60, ignore_eos=True, draft=draft, draft_nodes=5)
+        generation = stream._generation
+        inner, sizes = generation._draft, iter([5, *[1] * pause])  # type: ignore[attr-defined]
+        generation._draft = lambda proposer, text, _, inner=inner, sizes=sizes: inner(proposer, text, next(sizes, 5))  # type: ignore[attr-defined]
+        list(stream)
+        found = stream.result.statistics.speculation
+        assert found is not None
+        assert (found.lengths[1], sum(found.lengths[2:5])) == (3 * pause, 0)
+        assert found.lengths[5] > 3
+
+
+def test_matched_samples_stay(target: accelc.CompiledDecoder, near: accelc.CompiledDecoder) -> None:
     options = {"max_new_tokens": 40, "ignore_eos": True, "sampling": WARM, "seed": 3}
     plain = target.generate(PROMPTS, **options)  # type: ignore[arg-type]
     fast = target.generate(PROMPTS, draft=accelc.DraftModel(near), accept="matching", **options)  # type: ignore[arg-type]
     assert [t.tolist() for t in fast.tokens] == [t.tolist() for t in plain.tokens]
 
 
-def test_drawn_drafts_are_kept_more_often_by_rejection(
-    target: accelc.CompiledDecoder, near: accelc.CompiledDecoder
-) -> None:
+def test_rejection_keeps_more_drawn_drafts(target: accelc.CompiledDecoder, near: accelc.CompiledDecoder) -> None:
     draft, lengths = accelc.DraftModel(near, tokens=4), {}
     for rule in ("matching", "rejection"):
         found = [
