@@ -1,9 +1,10 @@
 """Every family decodes, greedily, the tokens that transformers (or its own forward) does: batch 1 and a ragged batch
-of 3.
+of 3, plainly and with drafts; and its steps over trees give the logits of each path.
 """
 
 import pytest
 import torch
+from draft_trees import check_trees
 from families import FAMILIES, Expect, names
 from greedy import parting, reference
 
@@ -38,16 +39,17 @@ def test_greedy_tokens_equal_the_model(name: str) -> None:
     alone = decoder.generate(prompts[0], max_new_tokens=NEW_TOKENS, ignore_eos=True)
     together = decoder.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)
     pairs = [(0, alone.tokens[0].tolist()), *enumerate(t.tolist() for t in together.tokens)]
+    fast = decoder.generate(prompts[0], max_new_tokens=NEW_TOKENS, ignore_eos=True, draft=DRAFTS[1], draft_nodes=20)
+    pairs.append((0, fast.tokens[0].tolist()))
     for draft in DRAFTS:
-        fast = decoder.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True, draft=draft)
+        fast = decoder.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True, draft=draft, draft_nodes=20)
         pairs += enumerate(t.tolist() for t in fast.tokens)
-        fast = decoder.generate(prompts[0], max_new_tokens=NEW_TOKENS, ignore_eos=True, draft=draft)
-        pairs.append((0, fast.tokens[0].tolist()))
     for row, got in pairs:
         where = parting(model, prompts[row], expected[row], got)
         assert where is None or where.is_tie, f"row {row}: {where}"
         if where is not None:
             print(f"{name} row {row}: {where}")
+    check_trees(model, decoder, family.vocabulary)
 
 
 @pytest.mark.parametrize("name", names(Expect.REFUSED))

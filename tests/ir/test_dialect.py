@@ -304,6 +304,14 @@ def test_gated_activation(kind: str) -> None:
     )
 
 
+def test_top_k_by_definition() -> None:
+    """The largest first, the first of equals first, NaN above all."""
+    scores = torch.tensor([[1.0, 3.0, 3.0, -math.inf, 2.0], [0.0, 5.0, math.nan, 5.0, math.nan]])
+    assert ops.top_k(scores, 3).tolist() == [[1, 2, 4], [2, 4, 1]]
+    assert ops.top_k(scores, 1).tolist() == [[1], [2]]
+    assert ops.top_k(scores, 5).tolist() == [[1, 2, 4, 0, 3], [2, 4, 1, 3, 0]]
+
+
 def samples() -> dict[str, tuple]:
     plain, _ = attention_case()
     full, _ = attention_case(**CASES["everything"])
@@ -323,6 +331,8 @@ def samples() -> dict[str, tuple]:
         "rms_norm": (x.transpose(1, 2), torch.randn(8), 1e-5, 1.0),
         "rotary": (x.transpose(1, 2).bfloat16(), torch.randn(3, 8), torch.randn(3, 8), True),
         "gated_activation": (x.transpose(1, 2), x.transpose(1, 2), "silu"),
+        "top_k": (x.transpose(1, 2), 3),
+        "top_k of one": (x, 1),
         "dequantize": (*weight, 4, 20, 40, torch.bfloat16),
         "quantized_linear": (torch.randn(3, 2, 40).transpose(0, 1), *weight, torch.randn(20), 4, 20),
         "quantized_grouped_linear": (
