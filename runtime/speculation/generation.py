@@ -17,9 +17,6 @@ from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
 from accelc.runtime.speculation.trees import Layout, Tree
 
-ROOT = Tree.chain(0).layout()
-"""Of a step without drafts."""
-
 
 @dataclass
 class SpeculativeGeneration(Generation):
@@ -30,6 +27,8 @@ class SpeculativeGeneration(Generation):
     _proposer: Proposer | None = None
     _layouts: dict[tuple[Layout, int], Layout] = field(default_factory=dict)
     """Of trees that were cut."""
+    _root: Layout | None = None
+    """Of a step without drafts."""
 
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
@@ -90,7 +89,9 @@ class SpeculativeGeneration(Generation):
         """A tree of at most `size` nodes; the root alone is plain decoding."""
         if size == 1:
             proposer.skip()
-            return Draft(text.last()[:, None], ROOT)
+            if self._root is None:
+                self._root = Tree.chain(0).layout(text.tokens.device)
+            return Draft(text.last()[:, None], self._root)
         draft = proposer.propose(text)
         cut = (draft.layout, min(size, draft.layout.size))
         if cut not in self._layouts:

@@ -110,7 +110,7 @@ class Tree:
         return layout_of(parents, torch.tensor([self.ranks], device=device), depth=self.depth, width=self.width)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Trees of N nodes and depth D for tensor programs; the leading dim is 1 where all rows have the same."""
 
