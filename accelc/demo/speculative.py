@@ -17,7 +17,7 @@ def show_speculation(
     decoders: dict[str, Decoder], prompt: torch.Tensor, new_tokens: int, repeats: int, console: Console
 ) -> bool:
     """Print tokens a second and a step, with and without drafters, by weights; whether all tokens agree."""
-    table = Table(title="speculative decoding; drafts that cost more than they save are left out by measurement")
+    table = Table(title="speculative decoding of the same prompt (steps of so small a model have no time to spare)")
     table.add_column("weights")
     table.add_column("drafter")
     for heading in ("tokens/s", "tokens a step", "same tokens"):
