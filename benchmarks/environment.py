@@ -1,10 +1,12 @@
 """What a measurement must be read with: hardware, versions, commit, command."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -36,6 +38,17 @@ def describe() -> dict:
         "commit": named or _git("rev-parse", "--short", "HEAD"),
         "dirty": not named and bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def write_results(out: Path, name: str, lines: list[str], **record: object) -> Path:
+    """Write a record, with when and where it was made, as JSON and its lines as Markdown beside it; the JSON's path."""
+    here = describe()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}-{here['commit'] or 'unknown'}.json"
+    dated = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": here, **record}
+    path.write_text(json.dumps(dated, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return path
 
 
 def _cpu() -> str:

@@ -8,16 +8,14 @@ training files. Speed is greedy decoding at batch 1, the configurations taking t
 that loads the model's directory, quantizes and decodes (benchmarks/peak.py).
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
-from environment import describe
+from environment import write_results
 from peak import measure
 from rich.console import Console
 from rich.progress import track
@@ -156,19 +154,10 @@ def _figures(row: Row, base: Row) -> list[str]:
 
 
 def _write(rows: list[Row], out: Path, console: Console, trained: Trained) -> None:
-    here = describe()
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"quantization-{here['commit'] or 'unknown'}.json"
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": here,
-        "model": trained.record,
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
     lines = ["| weights | bits a weight | perplexity | rise | tokens/s | peak MB |", "|---|---:|---:|---:|---:|---:|"]
     lines += [f"| {row.title} | {' | '.join(_figures(row, rows[0]))} |" for row in rows]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    found = [asdict(row) for row in rows]
+    path = write_results(out, "quantization", lines, model=trained.record, rows=found)
     console.print(f"Written: {path} and .md next to it", soft_wrap=True)
 
 

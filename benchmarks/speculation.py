@@ -9,19 +9,17 @@ the accepted drafts. The curve gives the time of a verifying step by its number 
 rests.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated
 
 import torch
 import typer
-from environment import describe
+from environment import write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -212,21 +210,11 @@ def render(rows: list[Row]) -> Table:
 
 
 def write(rows: list[Row], curve: dict[int, float], out: Path, console: Console, trained: Trained) -> None:
-    here = describe()
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"speculation-{here['commit'] or 'unknown'}.json"
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": here,
-        "model": trained.record,
-        "rows": [asdict(row) for row in rows],
-        "step_seconds": curve,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
     lines = [f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
     lines += [f"| {' | '.join(figures(row, rows))} |" for row in rows]
     lines += ["", "Step time by nodes (ms): " + ", ".join(f"{n}: {t * 1e3:.2f}" for n, t in curve.items())]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    found = [asdict(row) for row in rows]
+    path = write_results(out, "speculation", lines, model=trained.record, rows=found, step_seconds=curve)
     console.print(f"Written: {path} and .md next to it", soft_wrap=True)
 
 

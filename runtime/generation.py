@@ -100,6 +100,7 @@ class Generation:
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
         retired = False
+        readable = self._readable(logits)
         while True:
             tokens = select(logits)
             ended = False
@@ -117,17 +118,23 @@ class Generation:
                 retired = True
                 if not active:
                     return
-            self._require_readable(active, session.input_vocab_size)
+            if readable is not None:
+                self._require_readable(active, readable)
             if retired:  # what ended rows would have chosen may be -1, or no token that the model reads
                 tokens = [0 if row.finish is not None else token for row, token in zip(self.rows, tokens)]
             logits = session.decode(tokens)
             self.steps += 1
 
+    def _readable(self, logits: Tensor) -> int | None:
+        """Tokens that the model reads, where it scores more in logits [B, V]; None where it reads all."""
+        taken = self.session.input_vocab_size
+        return taken if taken is not None and taken < logits.shape[-1] else None
+
     @staticmethod
-    def _require_readable(rows: list[Row], readable: int | None) -> None:
+    def _require_readable(rows: list[Row], readable: int) -> None:
         """Raise `TokenRangeError` for a last token that the model scores but has no embedding for."""
         for row in rows:
-            if readable is not None and row.tokens[-1] >= readable:
+            if row.tokens[-1] >= readable:
                 raise TokenRangeError(
                     f"the model chose token {row.tokens[-1]}, and reads tokens below {readable} alone",
                     where=f"row {row.index}, new token {len(row.tokens) - 1}",

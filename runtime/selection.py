@@ -68,17 +68,25 @@ class Sampler:
         self._drawn = 0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        scores = self._shaping.penalize(scores, self._seen)
-        tokens = likeliest(scores)
+        scores = self._shaping.scores(logits, self._seen if self._shaping.penalizes else None)
+        uniform = None
         if self._shaping.samples:
             uniform = self._uniforms.reach(self._drawn + 1)[:, self._drawn]
             self._drawn += 1
-            drawn = draw(self._shaping.filter(scores), uniform)
-            tokens = torch.where(self._shaping.greedy | (tokens < 0), tokens, drawn)
+        tokens = choose(scores, self._shaping, uniform)
         if self._shaping.penalizes:
             self._seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
         return tokens
+
+
+def choose(scores: Tensor, shaping: Shaping, uniform: Tensor | None) -> Tensor:
+    """What decoding takes from scores [R, V] with random numbers [R] (None where no row draws): int64 [R], -1 where the
+    scores are not finite.
+    """
+    tokens = likeliest(scores)
+    if uniform is None:
+        return tokens
+    return torch.where(shaping.greedy | (tokens < 0), tokens, draw(shaping.filter(scores), uniform))
 
 
 def tokens_seen(prompts: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -49,9 +49,10 @@ class Shaping:
             setattr(wider, name, getattr(self, name).repeat_interleave(times))
         return wider
 
-    def penalize(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """The repetition penalty for tokens with seen [R, V] (bool)."""
-        return penalize_repetition(scores, seen, self._penalty) if self.penalizes else scores
+    def scores(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Logits [R, V] in fp32 or wider, with the repetition penalty for tokens with seen [R, V] (bool)."""
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        return scores if seen is None else penalize_repetition(scores, seen, self._penalty)
 
     def filter(self, scores: Tensor) -> Tensor:
         """Temperature and filters; what is filtered out is -inf."""
@@ -61,6 +62,14 @@ class Shaping:
         if self._cuts_p:
             scores = keep_top_p(scores, self._p, self._candidates)
         return keep_min_p(scores, self._min) if self._cuts_min else scores
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """What is drawn from [R, V]; one token has all in greedy rows."""
+        best = scores.argmax(-1, keepdim=True)
+        certain = torch.zeros_like(scores).scatter_(1, best, 1.0)
+        if not self.samples:
+            return certain
+        return torch.where(self.greedy[:, None], certain, self.filter(scores).softmax(-1))
 
 
 class Uniforms:

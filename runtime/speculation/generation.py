@@ -49,6 +49,7 @@ class SpeculativeGeneration(Generation):
         counts = torch.ones_like(sampler.new)
         text = self._text(tokens.device, source.depth + 1)
         chooser = SizeChooser(self.speculation.times, len(self.rows), source.size)
+        readable = self._readable(logits)
         active = self.rows
         while True:
             text.append(tokens, counts)
@@ -63,7 +64,8 @@ class SpeculativeGeneration(Generation):
                 active = [row for row in active if row.finish is None]
                 if not active:
                     return
-            self._require_readable(active, session.input_vocab_size)
+            if readable is not None:
+                self._require_readable(active, readable)
             times = [perf_counter()]
             if self._proposer is None:
                 self._proposer = source.start(text, sampler)
@@ -95,7 +97,7 @@ class SpeculativeGeneration(Generation):
         draft = proposer.propose(text)
         cut = (draft.layout, min(size, draft.layout.size))
         if cut not in self._layouts:
-            self._layouts = {**self._layouts, cut: draft.layout.cut(cut[1])}
+            self._layouts[cut] = draft.layout.cut(cut[1])
         return draft.cut(self._layouts[cut])
 
     @staticmethod

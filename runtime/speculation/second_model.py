@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from accelc.ir.errors import DraftError
+from accelc.runtime.decoder import Decoder
 from accelc.runtime.sampling import draw_from
 from accelc.runtime.session import Session
+from accelc.runtime.speculation.acceptance import at_node
 from accelc.runtime.speculation.draft import Draft, DraftKind, Proposer, Setting, Source, Text
 from accelc.runtime.speculation.target import TargetSampler
 from accelc.runtime.speculation.trees import Tree
@@ -16,13 +18,10 @@ from accelc.runtime.speculation.trees import Tree
 class SecondModel(Source):
     """Chains drawn from the model's own distribution, or trees of its likeliest tokens.
 
-    decoder: an `accelc.runtime.Decoder`; tokens: of a chain; tree: in place of a chain.
+    tokens: of a chain; tree: in place of a chain.
     """
 
-    def __init__(self, decoder: object, tokens: int, tree: Tree | None, setting: Setting) -> None:
-        from accelc.runtime.decoder import Decoder
-
-        assert isinstance(decoder, Decoder)
+    def __init__(self, decoder: Decoder, tokens: int, tree: Tree | None, setting: Setting) -> None:
         for what, own, wanted in (
             ("scores", decoder.vocab_size, setting.vocab_size),
             ("reads", decoder.input_vocab_size, setting.input_vocab_size),
@@ -75,7 +74,7 @@ class _Model(Proposer):
             if back == 0:
                 self.session.lengths.copy_(text.lengths)  # what a short row ran behind its end does not count
                 last = (text.lengths - 1 - start).clamp(max=size - 1)
-                return logits[torch.arange(len(last), device=last.device), last]
+                return at_node(logits, last)
 
     def close(self) -> None:
         self.session.close()
@@ -96,14 +95,11 @@ class _Chain(_Model):
             for index in range(count):
                 if index:
                     logits = self.session.decode(tokens[-1])
-                (best,) = self.call(likeliest_token, logits.contiguous())
-                if uniforms is not None:
-                    scores = logits.float()
-                    q = torch.zeros_like(scores).scatter_(1, best[:, None], 1.0)
-                    q = torch.where(shaping.greedy[:, None], q, shaping.filter(scores).softmax(-1))
-                    proposed.append(q)
-                    best = torch.where(shaping.greedy, best, draw_from(q, uniforms[:, index]))
-                tokens.append(best)
+                if uniforms is None:
+                    tokens += self.call(likeliest_token, logits.contiguous())
+                    continue
+                proposed.append(shaping.probabilities(logits.float()))
+                tokens.append(draw_from(proposed[-1], uniforms[:, index]))
         drafts = torch.stack(tokens, dim=1)
         if uniforms is None:
             return Draft(drafts, self.layout)

@@ -82,9 +82,9 @@ class Recorder:
 
     def summary(self, drafter: str, rule: str) -> SpeculationStatistics:
         """The statistics of all steps so far."""
-        by_layout: dict[int, list[tuple[Layout, Tensor, Tensor, list[int]]]] = {}
+        by_layout: dict[Layout, list[tuple[Layout, Tensor, Tensor, list[int]]]] = {}
         for step in self._steps:
-            by_layout.setdefault(id(step[0]), []).append(step)
+            by_layout.setdefault(step[0], []).append(step)
         depth = max((layout.depth for layout, *_ in self._steps), default=0)
         width = max((layout.width for layout, *_ in self._steps), default=0)
         lengths = torch.zeros(depth + 2, dtype=torch.int64)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from accelc.runtime.functions import Functions
-from accelc.runtime.sampling import SamplingParams, draw
-from accelc.runtime.selection import likeliest, tokens_seen
+from accelc.runtime.sampling import SamplingParams
+from accelc.runtime.selection import choose, tokens_seen
 from accelc.runtime.shaping import Shaping, Uniforms
 from accelc.runtime.speculation.draft import Draft
 
@@ -61,8 +61,8 @@ class TargetSampler:
     def first(self, logits: Tensor) -> Tensor:
         """The token behind each prompt, [B], from their logits [B, V]."""
         seen = None if self.times_seen is None else self.times_seen > 0
-        scores = self.scores(logits, seen, self.shaping)
-        return self.choose(scores, self.shaping, self.plain_uniforms(self.new, 0))
+        uniform = self.plain_uniforms(self.new, 0)
+        return choose(self.shaping.scores(logits, seen), self.shaping, uniform)
 
     def count(self, tokens: Tensor, counts: Tensor, most: int) -> None:
         """The first counts[b] of tokens [B, K] were taken; no row took more than `most`."""
@@ -72,30 +72,20 @@ class TargetSampler:
         self.new.add_(counts)
         self._most += most
 
-    def plain_uniforms(self, index: Tensor, ahead: int) -> Tensor:
-        """Plain decoding's random numbers by index [B, ...], none more than `ahead` beyond the next."""
+    def plain_uniforms(self, index: Tensor, ahead: int) -> Tensor | None:
+        """Plain decoding's random numbers by index [B, ...], none more than `ahead` beyond the next; flat, None where
+        no row draws.
+        """
+        if not self.shaping.samples:
+            return None
         known = self._uniforms.reach(self._most + ahead + 1)
-        return known.gather(1, index.reshape(len(index), -1)).reshape(index.shape)
+        return known.gather(1, index.reshape(len(index), -1)).flatten()
 
     def own_uniforms(self, count: int) -> Tensor:
         """Random numbers [B, count] that plain decoding does not use, each once."""
         begin = self._owned
         self._owned += count
         return self._own.reach(self._owned)[:, begin : self._owned]
-
-    @staticmethod
-    def scores(logits: Tensor, seen: Tensor | None, shaping: Shaping) -> Tensor:
-        """Logits [R, V] in fp32 or wider, penalised for tokens with seen [R, V]."""
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        return scores if seen is None else shaping.penalize(scores, seen)
-
-    @staticmethod
-    def choose(scores: Tensor, shaping: Shaping, uniform: Tensor) -> Tensor:
-        """What decoding takes from scores [R, V] with random numbers [R]; -1 where they are not finite."""
-        tokens = likeliest(scores)
-        if not shaping.samples:
-            return tokens
-        return torch.where(shaping.greedy | (tokens < 0), tokens, draw(shaping.filter(scores), uniform))
 
 
 class Target:
@@ -121,7 +111,7 @@ class Target:
         flat = self.logits.flatten(0, 1)
         times_seen = self._sampler.times_seen
         if times_seen is None:
-            return TargetSampler.scores(flat, None, self._shaping)
+            return self._shaping.scores(flat, None)
         b, n, _ = self.logits.shape
         layout = self.draft.layout
         node = torch.arange(n, device=flat.device)[:, None]
@@ -129,14 +119,14 @@ class Target:
         above = torch.where(depth <= layout.depths[..., None], layout.paths, node).expand(b, -1, -1)  # [B, N, D + 1]
         tokens = self.draft.tokens.clamp(min=0).gather(1, above.flatten(1)).view_as(above)
         seen = (times_seen > 0)[:, None].repeat(1, n, 1).scatter_(2, tokens, True)
-        return TargetSampler.scores(flat, seen.flatten(0, 1), self._shaping)
+        return self._shaping.scores(flat, seen.flatten(0, 1))
 
     @cached_property
     def chosen(self) -> Tensor:
         """[B, N] int64: what plain decoding would take behind each node; -1 where the logits are not finite."""
         index = self._sampler.new[:, None] + self.draft.layout.depths
         uniform = self._sampler.plain_uniforms(index, self.draft.layout.depth)
-        return TargetSampler.choose(self._scores, self._shaping, uniform.flatten()).view(index.shape)
+        return choose(self._scores, self._shaping, uniform).view(index.shape)
 
     @cached_property
     def finite(self) -> Tensor:
@@ -146,12 +136,7 @@ class Target:
     @cached_property
     def probabilities(self) -> Tensor:
         """[B, N, V]: what plain decoding draws from behind each node; one token has all in greedy rows."""
-        scores, shaping = self._scores, self._shaping
-        best = scores.argmax(-1, keepdim=True)
-        certain = torch.zeros_like(scores).scatter_(1, best, 1.0)
-        if shaping.samples:
-            certain = torch.where(shaping.greedy[:, None], certain, shaping.filter(scores).softmax(-1))
-        return certain.view(self.logits.shape)
+        return self._shaping.probabilities(self._scores).view(self.logits.shape)
 
     def uniforms(self, count: int) -> Tensor:
         """Random numbers [B, count] for the rule's own use."""

@@ -50,7 +50,7 @@ def run(x: Tensor, made: QuantizedWeight, bias: Tensor | None = None, **options)
     return step(*tensors)[0]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 70),
     inner=st.sampled_from([1, 7, 32, 100, 130, 513, 1024]),
