@@ -71,11 +71,8 @@ class Instance:
 
     def _execute(self) -> tuple[Tensor, ...]:
         """Run on the inputs whose addresses stand in the bases. What is returned is the caller's alone."""
-        bases, tensors = self._bases, self._tensors
-        for base, size, stride, dtype in self._fresh:
-            tensor = torch.empty_strided(size, stride, dtype=dtype)
-            bases[base] = tensor.data_ptr()
-            tensors[base] = tensor
+        tensors = self._tensors
+        self._provide(self._new_outputs())
         for stage in self._stages:
             stage()
         if self._direct:
@@ -86,18 +83,34 @@ class Instance:
             tensors[base] = None
         return result  # type: ignore[return-value]
 
+    def _new_outputs(self) -> list[Tensor]:
+        return [torch.empty_strided(size, stride, dtype=dtype) for _, size, stride, dtype in self._fresh]
+
+    def _provide(self, outputs: Sequence[Tensor]) -> None:
+        """Let the next run write its outputs there."""
+        for (base, *_), tensor in zip(self._fresh, outputs):
+            self._bases[base] = tensor.data_ptr()
+            self._tensors[base] = tensor
+
     def bind(self, inputs: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        """`run` with the same inputs each time, whose addresses are written down once. They keep their memory."""
+        """`run` with the same inputs each time, whose addresses are written down once. They keep their memory, and the
+        outputs may have theirs in common: each call may overwrite what the one before returned.
+        """
         if not self._direct or not all(isinstance(stage, Native) for stage in self._plan.stages):
             return functools.partial(self.run, inputs)
-        me = object()
+        me, outputs, stages = object(), self._new_outputs(), self._stages
+        place = {base: index for index, (base, *_) in enumerate(self._fresh)}
+        result = tuple([outputs[place[base]] for base in self._order])
 
         def bound() -> tuple[Tensor, ...]:
             if self._addressed is not me:
                 for base, tensor in zip(self._inputs, inputs):
                     self._bases[base] = tensor.data_ptr()
+                self._provide(outputs)
                 self._addressed = me
-            return self._execute()
+            for stage in stages:
+                stage()
+            return result
 
         return bound
 

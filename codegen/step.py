@@ -114,7 +114,8 @@ class CompiledStep:
 
     def bind(self, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         """A call with the same inputs again and again, which are checked now and must not be resized: for a loop that
-        writes into them. Raises `StepInputError`; what it returns raises `StepIndexError`.
+        writes into them. What a call returns, the next may overwrite. Raises `StepInputError`; the call raises
+        `StepIndexError`.
         """
         if len(inputs) != len(self._names):
             self._refuse_count(inputs)

@@ -44,7 +44,7 @@ def round_up(tokens: int, chunk: int) -> int:
 
 
 def bound(step: Any, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """A step with tensors that it reads and writes in place at each call."""
+    """A step with tensors that it reads and writes in place at each call; what a call returns, the next overwrites."""
     return step.bind(*inputs) if hasattr(step, "bind") else functools.partial(step, *inputs)
 
 
@@ -84,6 +84,8 @@ class Session:
             views = self._token_row, self.lengths, self._advance
             self._host = tuple(t.numpy() for t in views) if device.type == "cpu" else None
         self._decode: Callable[[], tuple[Tensor, ...]] | None = None
+        # What `decode` returned last, [B, 1, V] and [B, V]: often the same memory again.
+        self._decoded = self._decoded_rows = torch.empty(0)
         self._trees: dict[tuple[str, int], tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
         self.logits: Tensor = torch.empty(0)
         """[B, V]: the logits after the last token of each row; empty after a `rollback`, until tokens are appended."""
@@ -118,7 +120,9 @@ class Session:
         return final
 
     def decode(self, tokens: Tensor | list[int]) -> Tensor:
-        """Append one token per row (int64 [B]) and return the logits [B, V] after it. Retired rows are padded."""
+        """Append one token per row (int64 [B]) and return the logits [B, V] after it, which the next call overwrites.
+        Retired rows are padded.
+        """
         run = self._decode or self._bound()
         if self._host is None:
             self._token_row.copy_(torch.as_tensor(tokens))
@@ -129,7 +133,9 @@ class Session:
             row[:] = tokens
             logits = run()[0]
             lengths += advance
-        return logits.select(1, 0)
+        if logits is not self._decoded:
+            self._decoded, self._decoded_rows = logits, logits.select(1, 0)
+        return self._decoded_rows
 
     def _bound(self) -> Callable[[], tuple[Tensor, ...]]:
         """The step of one token with this session's own tensors, which it reads and writes in place."""

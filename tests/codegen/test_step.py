@@ -181,6 +181,9 @@ def test_a_bound_step_is_the_call_whatever_runs_in_between(kind: str) -> None:
             inputs[1].add_(1)
             inputs[2].add_(1)
         step(*arguments(model.shape, torch.zeros(1, dtype=torch.int64), 1), *model.states(1))
+    kept = runs[0][0]()[0].clone()
+    runs[1][0]()
+    assert torch.equal(runs[0][0]()[0], kept)  # rows 0 and 1 have outputs of their own, and the inputs stood still
     with pytest.raises(StepInputError, match="6 inputs"):
         step.bind(*inputs[:-1])
     inputs[0].fill_(10**6)

@@ -17,7 +17,7 @@ from accelc.runtime.sampling import (
     keep_top_p,
     penalize_repetition,
 )
-from accelc.runtime.selection import Sampler, likeliest
+from accelc.runtime.selection import LikeliestOnHost, Sampler, likeliest
 
 SCORES = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -230,6 +230,19 @@ def test_the_whole_path_draws_from_the_model_distribution():
     assert counts.sum() == 100_000
     statistic, quantile = chi_square(counts, torch.softmax(logits.double() / 0.9, -1))
     assert statistic < quantile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_greedy_selector_reads_memory_that_is_written_anew(rows, dtype):
+    select, logits = LikeliestOnHost(), torch.zeros(rows, 7, dtype=dtype)
+    for turn, other in enumerate((False, False, True, False)):
+        given = torch.zeros_like(logits) if other else logits
+        given.zero_()[:, turn + 1] = 2.0
+        given[-1, turn + 2] = 3.0
+        assert select(given) == [turn + 1] * (rows - 1) + [turn + 2]
+    logits[-1] = math.nan
+    assert select(logits) == [4] * (rows - 1) + [-1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
