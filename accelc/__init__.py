@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from accelc.compiler import compile as compile
     from accelc.decoder import CompiledDecoder as CompiledDecoder
     from accelc.draft_model import DraftModel as DraftModel
+    from accelc.heads.drafters import Hydra as Hydra
+    from accelc.heads.drafters import Medusa as Medusa
     from accelc.evaluate import perplexity as perplexity
     from accelc.ir import Exactness as Exactness
     from accelc.ir.errors import AccelcError as AccelcError
@@ -36,6 +38,8 @@ _PLACES = {
     "DraftModel": "accelc.draft_model",
     "Exactness": "accelc.ir",
     "AccelcError": "accelc.ir.errors",
+    "Hydra": "accelc.heads.drafters",
+    "Medusa": "accelc.heads.drafters",
     "PromptLookup": "accelc.runtime.speculation.prompt_lookup",
     "SamplingParams": "accelc.runtime",
     "TokenRecycling": "accelc.runtime.speculation.token_recycling",
@@ -62,6 +66,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "AccelcError", "Calibration", "CompiledDecoder", "DraftModel", "Exactness", "PromptLookup", "QuantizeWeights",
-    "SamplingParams", "TokenRecycling", "Tree", "compile", "hf", "perplexity",
+    "AccelcError", "Calibration", "CompiledDecoder", "DraftModel", "Exactness", "Hydra", "Medusa",
+    "PromptLookup", "QuantizeWeights",    "SamplingParams", "TokenRecycling", "Tree", "compile", "hf", "perplexity",
 ]  # fmt: skip

@@ -31,6 +31,7 @@ from accelc.capture_failure import (
     source_of,
 )
 from accelc.checkpoints import load_checkpoint, quantization_of
+from accelc.exported import is_functional, plain_module
 from accelc.input_vocabulary import input_vocab_size
 from accelc.ir.compat import mask_hint_unasked
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
@@ -78,12 +79,12 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
                 remedy=f"Return scores [B, T, V] in one of {known}.",
             )
         exported = _export(wrapper, example.new_zeros(TRACED), max_length)
-        if not _is_functional(exported.graph):
+        if not is_functional(exported.graph):
             with listening(model) as guards:
                 exported = exported.run_decompositions({})
             if not all(isinstance(size, torch.SymInt) for size in _token_sizes(exported)):
                 raise size_error(model, guards, "batch or length became a number", _lengths(max_length))
-    module = _plain_module(exported)
+    module = plain_module(exported, ("tokens",))
     program = Program("forward", module, inputs=("tokens",), outputs=("logits",))
     program.facts["capture"] = {
         "model": type(model).__name__,
@@ -258,61 +259,6 @@ def _check_assertions(model: nn.Module, exported: torch.export.ExportedProgram, 
             if not all(bool(expression.subs({b: batch, t: length})) for batch in (1, 2, 3)):
                 needed = str(expression.subs({b: sympy.Symbol("batch"), t: sympy.Symbol("length")}))
                 raise size_error(model, [Guard(needed, source_of(node))], "", [length])
-
-
-def _is_functional(graph: fx.Graph) -> bool:
-    """Whether no operator writes to its arguments and no subgraph call is left (then decomposition, which is slow, is
-    moot).
-    """
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return False
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            return False
-    return True
-
-
-def _plain_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The exported graph with parameters, buffers and constants as get_attr nodes and tokens as the only input."""
-    signature = exported.graph_signature
-    names = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    if signature.buffers_to_mutate:
-        written = ", ".join(sorted(name.removeprefix("model.") for name in signature.buffers_to_mutate.values()))
-        raise CaptureError(
-            f"the forward writes to its buffers: {written}",
-            remedy="Compute the value from the ids: a forward that counts or remembers calls has no cached step.",
-        )
-    for node in exported.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(
-                f"the forward calls {node.target}, which runs another graph", where=source_of(node), remedy=DATA_REMEDY
-            )
-    tensors = {**dict(exported.state_dict), **exported.constants}
-    root = nn.Module()
-    graph = fx.Graph()
-    remap: dict[fx.Node, fx.Node] = {}
-    for node in exported.graph.nodes:
-        if node.op == "placeholder" and node.name in names:
-            if not node.users:
-                continue
-            path = names[node.name].removeprefix("model.")
-            store(root, path, tensors[names[node.name]])
-            new = graph.get_attr(path)
-            new.name = node.name
-        elif node.op == "placeholder":
-            new = graph.placeholder("tokens")
-        elif node.op == "output":
-            graph.output((remap[node.args[0][0]],))
-            continue
-        else:
-            new = graph.node_copy(node, remap.__getitem__)
-        new.meta = dict(node.meta)
-        remap[node] = new
-    return graph_module(root, graph)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from accelc.derivation import Check, Request, derive
 from accelc.functions import compile_function
 from accelc.ir import Exactness, Program
 from accelc.ir.errors import DraftError, ExactnessError, InputError, unknown_options
-from accelc.ir.shapes import SHAPES
+from accelc.ir.shapes import input_shape
 from accelc.passes import Pass, Pipeline
 from accelc.passes.quantize.methods import METHODS
 from accelc.passes.quantize_weights import NONE, QuantizeWeights, is_automatic, quantization
@@ -160,11 +160,21 @@ def compile(
     bits = quantizing.activation_bits if quantizing is not None else 16
     run_prefill = runner(programs["prefill"], backend, capacity, report, bits)
 
+    def compile_further(program: Program) -> Callable[..., Any]:
+        return runner(program, backend, capacity, report, bits)
+
     @functools.cache
-    def trees() -> TreeSteps:
+    def commit() -> Callable[..., Any]:
+        programs["commit"] = commit_pipeline().run(step)
+        return compile_further(programs["commit"])
+
+    @functools.cache
+    def trees(added: tuple[Pass, ...]) -> TreeSteps:
         """When something speculates for the first time."""
-        programs["verify"], programs["commit"] = verify_pipeline().run(step), commit_pipeline().run(step)
-        return TreeSteps(*(runner(programs[name], backend, capacity, report, bits) for name in ("verify", "commit")))
+        tapped = Pipeline(added).run(step)
+        programs["verify"] = verify_pipeline().run(tapped)
+        verify = compile_further(programs["verify"])
+        return TreeSteps(verify, commit(), compile_further(prefill_pipeline().run(tapped)) if added else None)
 
     facts: dict[str, Any] = step.facts["capture"]  # type: ignore[assignment]
     if eos is not None:
@@ -172,6 +182,7 @@ def compile(
     decoder = CompiledDecoder(
         programs,
         report,
+        compile_further=compile_further,
         decode=run_step,
         many=run_step,
         prefill=run_prefill,
@@ -251,12 +262,17 @@ def runner(
     if backend == "eager":
         return functools.partial(run_as_written, program)
     sizes = {"B": 1, "N": 1, "W": WORDS}
-    examples = [torch.zeros([sizes[d] for d in SHAPES[name]], dtype=torch.int64) for name in program.inputs]
+    examples, varying = [], {}
+    for name in program.inputs:
+        shape, dtype = input_shape(program, name)
+        examples.append(torch.zeros([size if isinstance(size, int) else sizes[size] for size in shape], dtype=dtype))
+        varying[name] = {dim: str(size) for dim, size in enumerate(shape) if size in ("B", "N")}
+    varying |= {spec.name: {0: "B"} for spec in program.states}
     examples += [torch.empty(spec.sizes(1, capacity), dtype=spec.dtype, device="meta") for spec in program.states]
     # The others' weights are the step's.
     options = Options(huge_pages=program.name == "step", activation_bits=8 if activation_bits == 8 else 16)
     with report.stage("codegen"):
-        compiled: CompiledStep = compile_program(program.module, examples, options=options)
+        compiled: CompiledStep = compile_program(program.module, examples, dynamic=varying, options=options)
     report.compiled[program.name] = compiled.report
     return compiled
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, Group
@@ -18,6 +18,8 @@ from accelc.passes.check_step import Mode
 from accelc.passes.manager import report as passes_table
 from accelc.runtime import Decoder
 from accelc.runtime.arguments import token_ids
+from accelc.runtime.speculation.draft import Setting
+from accelc.runtime.steps import StepFunction
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +70,22 @@ def known_eos(eos: object, vocab_size: int | None, report: CompileReport) -> fro
 class CompiledDecoder(Decoder):
     """A `Decoder` with its ``programs`` (step, prefill) and ``report``; print it, or `show()` it in a terminal."""
 
-    def __init__(self, programs: dict[str, Program], report: CompileReport, **options: Any) -> None:
+    def __init__(
+        self,
+        programs: dict[str, Program],
+        report: CompileReport,
+        compile_further: Callable[[Program], StepFunction],
+        **options: Any,
+    ) -> None:
         options["eos"] = known_eos(options.get("eos"), options.get("vocab_size"), report)
         super().__init__(states=programs["step"].states, **options)
         self.programs = programs
         self.report = report
+        self._compile_further = compile_further
+
+    def setting(self) -> Setting:
+        """What drafters are bound to, with the step that their graph part reads."""
+        return replace(super().setting(), step=self.programs["step"], compile=self._compile_further)
 
     def settle(self) -> None:
         """Finish now what is otherwise spread over the first hundreds of steps: huge pages under the weights, up to a

@@ -12,6 +12,7 @@ from accelc.passes import Pass, Pipeline
 from accelc.passes.absorb_projections import AbsorbProjections
 from accelc.passes.commit_path import CommitPath
 from accelc.passes.derive_step import DeriveStep
+from accelc.passes.draft_heads import DraftHeads
 from accelc.passes.last_logits import LastLogits
 from accelc.passes.normalise import Normalise
 from accelc.passes.raise_attention import RaiseAttention
@@ -53,6 +54,16 @@ def verify_pipeline() -> Pipeline:
 def commit_pipeline() -> Pipeline:
     """From a step to the program that keeps the accepted path of a tree."""
     return Pipeline([CommitPath()])
+
+
+def simplify_pipeline() -> Pipeline:
+    """For a captured graph that stays as it is: what a step is made of besides its cache."""
+    return Pipeline([Normalise(), RaiseNorms(), RaiseGatedActivation()])
+
+
+def drafting_pipeline(heads: DraftHeads) -> Pipeline:
+    """From a program of hidden states to one that drafts."""
+    return Pipeline([heads])
 
 
 def example_inputs(program: Program) -> list[Tensor]:

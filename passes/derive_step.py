@@ -27,9 +27,10 @@ accelc = torch.ops.accelc
 class DeriveStep(Pass):
     """From a forward program, tokens [B, T] -> logits [B, T, V], to a step over caches.
 
-    The step takes tokens and positions [B, N], lengths [B] and its states.
+    The step takes tokens and positions [B, N], lengths [B] and its states. Inputs and outputs may be others, each with
+    an entry a token: hidden [B, T, H] -> hidden [B, T, H].
 
-    Backward from the logits, every sequence dim is wanted as Query or Key; what is wanted as Key is cached or
+    Backward from the outputs, every sequence dim is wanted as Query or Key; what is wanted as Key is cached or
     recomputed by the minimum cut; index-domain values are looked up at positions. Refuses, naming node and reason,
     what it cannot follow. The result is exact for causal models; `accelc.passes.check_step` verifies it by running
     both.
@@ -116,7 +117,8 @@ class Derivation:
         """The step program."""
         specs = [self._spec(c.want) for c in cached]
         state_of = {c.want: spec for c, spec in zip(cached, specs, strict=True)}
-        build = Builder(self.tables.max_length, [(s.name, s.time_dim) for s in specs])
+        forward = self.analysis.program
+        build = Builder(self.tables.max_length, forward.inputs, [(s.name, s.time_dim) for s in specs])
         values: dict[Want, Value] = {}
         for want in self._in_order(list(roots.values()), state_of):
             if want in state_of:
@@ -129,7 +131,7 @@ class Derivation:
             call = self.call(want)
             assert isinstance(call, Call)
             if call.target == "input":
-                values[want] = Value(build.inputs["tokens"])  # type: ignore[arg-type]
+                values[want] = Value(build.inputs[str(want.node.target)])
             else:
                 values[want] = emit(build, self.analysis, want, call, values)
         build.graph.output(tuple(values[w].node for w in roots.values()))

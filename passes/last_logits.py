@@ -9,17 +9,10 @@ import torch.fx as fx
 
 from accelc.ir import Exactness, Program
 from accelc.passes.base import Pass, PassResult
+from accelc.passes.output_projection import projected, readers
 from accelc.passes.registry import register_pass
 
 aten = torch.ops.aten
-
-TOKENWISE = {
-    aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.tanh.default, aten._to_copy.default,
-    aten.to.dtype, aten.add.Tensor, aten.clone.default,
-}  # fmt: skip
-"""What may stand between the output projection and the logits."""
-PROJECTIONS = {aten.linear.default, torch.ops.accelc.quantized_linear.default}
-
 
 @register_pass
 @dataclass(frozen=True)
@@ -40,40 +33,29 @@ class LastLogits(Pass):
         program = program.clone()
         graph = program.graph
         logits = program.output_node("logits")
-        target = hidden_states(logits)
+        hidden = projected(logits)
+        # Where something else reads the hidden states, the logits are chosen.
+        target = hidden if hidden is not None and len(readers(hidden)) == 1 else logits
         lengths = next(n for n in program.placeholders() if n.target == program.inputs[-1])
         with graph.inserting_after(lengths):
             last = graph.placeholder("last")
-        user = next(iter(target.users))
-        with graph.inserting_before(user):
-            chosen = _choose(graph, target, last)
         if target is logits:
-            graph.output_node().replace_input_with(logits, chosen)
+            with graph.inserting_before(graph.output_node()):
+                chosen = choose_row(graph, target, last)
+            returned = list(graph.output_node().args[0])  # type: ignore[arg-type]
+            returned[program.outputs.index("logits")] = chosen
+            graph.output_node().args = (tuple(returned),)
         else:
-            user.replace_input_with(target, chosen)
+            (user,) = readers(target)
+            with graph.inserting_before(user):
+                user.replace_input_with(target, choose_row(graph, target, last))
         graph.eliminate_dead_code()
         program.module.recompile()
         program = replace(program, name="prefill", inputs=(*program.inputs, "last"))
         return PassResult(program, 1, (f"chosen at {target.name}",))
 
 
-def hidden_states(logits: fx.Node) -> fx.Node:
-    """The input of the output projection when every operation from there to `logits` treats tokens alike, else
-    `logits`.
-    """
-    node = logits
-    while len(node.users) == 1 and node.op == "call_function":
-        if node.target in PROJECTIONS:
-            hidden = node.args[0]
-            return hidden if isinstance(hidden, fx.Node) and len(hidden.users) == 1 else logits
-        tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if node.target not in TOKENWISE or len(tensors) != 1:
-            return logits
-        node = tensors[0]
-    return logits
-
-
-def _choose(graph: fx.Graph, value: fx.Node, last: fx.Node) -> fx.Node:
+def choose_row(graph: fx.Graph, value: fx.Node, last: fx.Node) -> fx.Node:
     """value [B, N, C] at row last[b]: [B, 1, C]."""
     batch = graph.call_function(aten.sym_size.int, (last, 0))
     rows = graph.call_function(aten.arange.default, (batch,))

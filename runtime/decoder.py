@@ -60,7 +60,7 @@ class Decoder:
         device: torch.device | str = "cpu",
         tokenizer: Tokenizer | Decode | None = None,
         before_call: Callable[[], None] | None = None,
-        trees: Callable[[], TreeSteps] | None = None,
+        trees: Callable[[tuple[object, ...]], TreeSteps] | None = None,
         compile_function: Compile | None = None,
         draft: Drafter | str | None = None,
         accept: AcceptanceRule | str | None = None,
@@ -211,7 +211,8 @@ class Decoder:
 
     def setting(self) -> Setting:
         """What drafters are bound to."""
-        return Setting(self.vocab_size, self.steps.device, self.input_vocab_size, self.max_length)
+        steps = self.steps
+        return Setting(self.vocab_size, steps.device, self.input_vocab_size, self.max_length, steps.capacity)
 
     def __reduce__(self) -> NoReturn:
         raise CopyError(

@@ -13,6 +13,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -46,6 +47,16 @@ def round_up(tokens: int, chunk: int) -> int:
 def bound(step: Any, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """A step with tensors that it reads and writes in place at each call; what a call returns, the next overwrites."""
     return step.bind(*inputs) if hasattr(step, "bind") else functools.partial(step, *inputs)
+
+
+@dataclass(frozen=True)
+class TappedChunk:
+    """What a prefill returned besides logits for one chunk of the prompts."""
+
+    valid: Tensor
+    """[B] int64: tokens of the chunk that each row has."""
+    taps: tuple[Tensor, ...]
+    """[B, N, ...] each."""
 
 
 class Session:
@@ -86,6 +97,9 @@ class Session:
         self._decode: Callable[[], tuple[Tensor, ...]] | None = None
         # What `decode` returned last, [B, 1, V] and [B, V]: often the same memory again.
         self._decoded = self._decoded_rows = torch.empty(0)
+        self._passes: tuple[object, ...] = ()
+        self.taps: tuple[Tensor, ...] = ()
+        """What the last `verify` returned besides logits, [B, N, ...] each; the next overwrites it."""
         self._trees: dict[tuple[str, int], tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
         self.logits: Tensor = torch.empty(0)
         """[B, V]: the logits after the last token of each row; empty after a `rollback`, until tokens are appended."""
@@ -100,8 +114,14 @@ class Session:
                 raise SessionClosedError("the session is closed")
             yield
 
-    def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Append one prompt per row (int64 [T] CPU tensors, checked) in chunks; [B, V] logits after each row's last."""
+    def tap(self, passes: tuple[object, ...]) -> None:
+        """From now on `prefill` and `verify` give what these passes add to the step; see `Steps.trees`."""
+        self._passes = passes
+
+    def prefill(self, prompts: Sequence[Tensor], tapped: list[TappedChunk] | None = None) -> Tensor:
+        """Append one prompt per row (int64 [T] CPU tensors, checked) in chunks; [B, V] logits after each row's last.
+        `tapped` gets what the chunks returned besides logits.
+        """
         chunk, device = self.steps.chunk, self.steps.device
         counts = torch.tensor([len(p) for p in prompts])
         longest = int(counts.max())
@@ -112,7 +132,11 @@ class Session:
         for begin in range(0, longest, chunk):
             tokens = padded[:, begin : begin + chunk].contiguous()
             valid = (counts - begin).clamp(0, tokens.shape[1]).to(device)
-            logits = self._last_logits(tokens, valid)
+            if tapped is None or not self._passes:
+                logits = self._last_logits(tokens, valid)
+            else:
+                logits, *taps = self._tapped(tokens, valid)
+                tapped.append(TappedChunk(valid, tuple(taps)))
             # A row keeps the logits of the chunk it ends in; later chunks only pad it.
             final = logits if final is None else torch.where((valid > 0)[:, None], logits, final)
             self.lengths.add_(valid)
@@ -160,7 +184,9 @@ class Session:
         torch.clamp(tokens, min=0, out=ids)
         torch.add(self.lengths[:, None], depths, out=positions).clamp_(max=self.steps.max_length - 1)
         tree.copy_(words)
-        return call()[0]
+        logits, *taps = call()
+        self.taps = tuple(taps)
+        return logits
 
     def commit(self, path: Tensor, counts: Tensor) -> Tensor:
         """Keep the first counts[b] nodes of path [B, K] of the tree that was verified last; returns the counts [B], 0
@@ -187,7 +213,7 @@ class Session:
                 buffers = tuple(like.new_zeros(self.batch, *shape) for shape in shapes)
             # In verify, lengths stand between positions and the tree.
             inputs = (*buffers[:2], self.lengths, *buffers[2:], *self._states)
-            self._trees[name, size] = bound(getattr(self.steps.trees(), name), *inputs), buffers
+            self._trees[name, size] = bound(getattr(self.steps.trees(self._passes), name), *inputs), buffers
         return self._trees[name, size]
 
     def retire(self, rows: Sequence[int]) -> None:
@@ -206,6 +232,15 @@ class Session:
             return self.steps.prefill(tokens, self._chain(tokens), self.lengths, last, *self._states)[0].select(1, 0)
         logits = self._run(tokens)
         return logits[torch.arange(self.batch, device=logits.device), last]
+
+    def _tapped(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        """As `_last_logits`, with the further outputs [B, N, ...]."""
+        assert self.steps.trees is not None
+        prefill = self.steps.trees(self._passes).prefill
+        assert prefill is not None
+        last = (valid - 1).clamp_(min=0)
+        logits, *taps = prefill(tokens, self._chain(tokens), self.lengths, last, *self._states)
+        return logits.select(1, 0), *taps
 
     def _run(self, tokens: Tensor) -> Tensor:
         """Run tokens [B, N] behind the committed ones, committing nothing: logits [B, N, V]."""

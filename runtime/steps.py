@@ -40,6 +40,8 @@ class TreeSteps:
 
     verify: StepFunction
     commit: StepFunction
+    prefill: StepFunction | None = None
+    """As the decoder's own, with the further outputs of ``verify``; None where that has none."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class Steps:
     capacity: int
     device: torch.device
     prefill: StepFunction | None = None
-    trees: Callable[[], TreeSteps] | None = None
-    """Makes what speculation runs, when it is first asked for; None where the decoder has none."""
+    trees: Callable[[tuple[object, ...]], TreeSteps] | None = None
+    """Makes what speculation runs, when it is first asked for; None where the decoder has none. It is given passes that
+    add outputs to the step (`accelc.passes.Pass`)."""
 
     def __post_init__(self) -> None:
         if self.max_length < 1 or self.chunk < 1:

@@ -27,6 +27,7 @@ from accelc.demo.corpus import Corpus, read_corpus
 from accelc.demo.muon import Muon
 from accelc.demo.settings import Settings
 from accelc.demo.tokenizer import encode_files, train_tokenizer
+from accelc.precision import training_precision
 
 HELD_OUT_WINDOWS = 64  # windows of held-out text that the loss is measured on
 
@@ -112,7 +113,7 @@ def _train(settings: Settings, corpus: Corpus, path: Path, console: Console) -> 
     console.print(f"Model: {parameters / 1e6:.1f} M parameters; {len(train) / 1e6:.2f} M training tokens.")
 
     started = time.perf_counter()
-    accelerator = Accelerator(mixed_precision=_precision())
+    accelerator = Accelerator(mixed_precision=training_precision())
     optimizers = _optimizers(model, settings)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, _rate(settings)) for o in optimizers]
     generator = torch.Generator().manual_seed(settings.seed)
@@ -161,20 +162,12 @@ def _train(settings: Settings, corpus: Corpus, path: Path, console: Console) -> 
     (path / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _precision() -> str:
-    """bf16 where the hardware multiplies it, else fp32: emulated bf16 is slower than either."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
-
-
 def _optimizers(model: torch.nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW for the rest: a lower loss in few steps."""
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named.items() if p.ndim != 2 or "embed" in name]
-    dtype = torch.bfloat16 if _precision() == "bf16" else torch.float32
+    dtype = torch.bfloat16 if training_precision() == "bf16" else torch.float32
     return [
         Muon(matrices, lr=settings.matrix_rate, weight_decay=0.01, dtype=dtype),
         torch.optim.AdamW(others, lr=settings.other_rate, weight_decay=0.0),

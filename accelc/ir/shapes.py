@@ -14,7 +14,10 @@ from accelc.ir.program import Program, fetch
 SYMBOLS = {"B": (3, 1, 1 << 16), "N": (5, 1, 1 << 16), "S": (29, 2, 1 << 24), "T": (7, 1, 1 << 24), "W": (2, 1, 16)}
 """Hint, least and greatest value of each symbol; the hints only have to differ from each other."""
 
-SHAPES: dict[str, tuple[str, ...]] = {
+INPUTS = "inputs"
+"""`Program.facts` under this name: shape and dtype of inputs that `SHAPES` does not know."""
+
+SHAPES: dict[str, tuple[str | int, ...]] = {
     "tokens": ("B", "N"),
     "positions": ("B", "N"),
     "lengths": ("B",),
@@ -22,8 +25,16 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "last": ("B",),
     "path": ("B", "N"),
     "counts": ("B",),
+    "root": ("B", 1),
 }
 """Shapes of a step's inputs; all are int64."""
+
+
+def input_shape(program: Program, name: str) -> tuple[tuple[str | int, ...], torch.dtype]:
+    """Shape and dtype of an input of a step program, or of a program made of one."""
+    if name in SHAPES:
+        return SHAPES[name], torch.int64
+    return program.facts[INPUTS][name]  # type: ignore[index, no-any-return]
 
 
 def propagate(program: Program) -> None:
@@ -36,7 +47,8 @@ def propagate(program: Program) -> None:
     described = []
     for node in program.placeholders():
         spec = specs.get(str(node.target))
-        described.append((spec.shape, spec.dtype, device) if spec else (SHAPES[str(node.target)], torch.int64, device))
+        shape, dtype = (spec.shape, spec.dtype) if spec else input_shape(program, str(node.target))
+        described.append((shape, dtype, device))
     values = symbolic_values(described, SYMBOLS)
     known: dict[fx.Node, Any] = dict(zip(program.placeholders(), values, strict=True))
     static: dict[str, Any] = {}

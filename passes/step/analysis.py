@@ -31,13 +31,13 @@ class Analysis:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.graph = program.graph
-        self.tokens = program.placeholders()[0]
-        self.symbols = Symbols.of(self.tokens, int(program.facts["capture"]["max_length"]))  # type: ignore[index]
+        self.inputs = program.placeholders()
+        self.symbols = Symbols.of(self.inputs[0], int(program.facts["capture"]["max_length"]))  # type: ignore[index]
         self._sizes: dict[fx.Node, tuple[Size, ...]] = {}
         self.token_dependent: set[fx.Node] = set()
         self.size_dependent: set[fx.Node] = set()
         for node in self.graph.nodes:
-            if node is self.tokens or self.token_dependent.intersection(_data_inputs(node)):
+            if node in self.inputs or self.token_dependent.intersection(_data_inputs(node)):
                 self.token_dependent.add(node)
             if is_size(node) or _fills_by_shape(node) or self.size_dependent.intersection(node.all_input_nodes):
                 self.size_dependent.add(node)

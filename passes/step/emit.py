@@ -5,6 +5,7 @@ batch.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,12 @@ class Value:
 class Builder:
     """Appends nodes to the step's graph."""
 
-    def __init__(self, max_length: int, states: list[tuple[str, int]]) -> None:
+    def __init__(self, max_length: int, inputs: Sequence[str], states: list[tuple[str, int]]) -> None:
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.max_length = max_length
-        self.inputs = {n: self.graph.placeholder(n) for n in ("tokens", "positions", "lengths")}
+        self.inputs = {n: self.graph.placeholder(n) for n in (*inputs, "positions", "lengths")}
+        self._new = self.inputs[inputs[0]]  # [B, N, ...]
         self.states = {name: self.graph.placeholder(name) for name, _ in states}
         self._first_state = states[0] if states else None
         self._memo: dict[Any, fx.Node] = {}
@@ -98,10 +100,10 @@ class Builder:
 
     def size(self, size: Size, role: str | None) -> int | fx.Node:
         """A size in the step's symbols."""
-        batch = self.once("B", aten.sym_size.int, self.inputs["tokens"], 0) if size.batch or size.rows else 0
+        batch = self.once("B", aten.sym_size.int, self._new, 0) if size.batch or size.rows else 0
         time: Any = 0
         if size.has_time:
-            time = self.slots() if role == K else self.once("N", aten.sym_size.int, self.inputs["tokens"], 1)
+            time = self.slots() if role == K else self.once("N", aten.sym_size.int, self._new, 1)
         total: Any = size.const
         terms = [(size.batch, batch), (size.time, time)]
         if size.rows:

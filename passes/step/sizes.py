@@ -51,8 +51,8 @@ class Symbols:
 
     @staticmethod
     def of(tokens: fx.Node, max_length: int) -> Symbols:
-        """Read off the tokens placeholder [B, T]."""
-        b, t = tokens.meta["val"].shape
+        """Read off an input [B, T, ...]."""
+        b, t = tokens.meta["val"].shape[:2]
         if isinstance(b, int) or isinstance(t, int):
             raise DeriveError(f"the captured graph is specialised to tokens {[b, t]}", where=describe(tokens))
         return Symbols(b.node.expr, t.node.expr, max_length)

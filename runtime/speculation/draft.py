@@ -7,6 +7,7 @@ trees of tokens from what lies on the device. A proposal is a tensor program of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from accelc.ir import Program
 from accelc.runtime.functions import Functions
+from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.registry import Registry
 from accelc.runtime.speculation.trees import Layout
+from accelc.runtime.steps import StepFunction
 
 if TYPE_CHECKING:
     from accelc.runtime.speculation.target import TargetSampler
@@ -96,11 +100,15 @@ class Proposer(ABC):
     """The runtime part of a drafter for one generation."""
 
     @abstractmethod
-    def propose(self, text: Text) -> Draft:
-        """A tree whose root is the last token of each row."""
+    def propose(self, text: Text, nodes: int) -> Draft:
+        """A tree whose root is the last token of each row. Of more than `nodes` nodes the first ones are verified."""
 
-    def observe(self, draft: Draft, logits: Tensor, accepted: Accepted) -> None:  # noqa: B027 - optional
-        """What verification gave: logits [B, N, V] of the draft's nodes, and what was kept of it."""
+    def observe(  # noqa: B027 - optional
+        self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]
+    ) -> None:
+        """What verification gave: logits [B, N, V] of the draft's nodes, what was kept of it, and what the source's
+        passes added, [B, N, ...] each.
+        """
 
     def skip(self) -> None:  # noqa: B027 - optional
         """One token a row comes without a proposal."""
@@ -111,8 +119,8 @@ class Proposer(ABC):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a drafter is bound to: a decoder's vocabulary, longest sequence and device, and what calls its tensor
-    functions.
+    """What a drafter is bound to: a decoder's vocabulary, longest sequence and device, what calls its tensor functions,
+    and, for drafters with a graph part, the decoder's step and what makes a program run.
     """
 
     vocab_size: int
@@ -121,7 +129,11 @@ class Setting:
     input_vocab_size: int = 0
     """Tokens that it reads."""
     max_length: int = 0
+    capacity: int = 0
+    """Slots of its caches."""
     call: Functions = field(default_factory=Functions)
+    step: Program | None = None
+    compile: Callable[[Program], StepFunction] | None = None
 
 
 class Source(ABC):
@@ -131,11 +143,14 @@ class Source(ABC):
     """Most nodes of its trees, the root included."""
     depth: int
     """Most tokens of a path behind the root."""
+    passes: tuple[object, ...] = ()
+    """Passes (`accelc.passes.Pass`) that add outputs to the steps, in the order in which `Proposer.observe` gets them.
+    """
 
     @abstractmethod
-    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
+    def start(self, text: Text, sampler: TargetSampler, prompts: Sequence[TappedChunk]) -> Proposer:
         """For a generation that begins with this text (the prompts and the first token of each row); ``sampler``: how
-        its tokens are chosen, for drafters that draw theirs.
+        its tokens are chosen, for drafters that draw theirs; ``prompts``: what the passes added over the prompts.
         """
 
 

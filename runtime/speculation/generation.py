@@ -10,6 +10,7 @@ import torch
 
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
+from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.choice import SizeChooser
 from accelc.runtime.speculation.draft import Draft, Proposer, Text
 from accelc.runtime.speculation.speculator import Speculation
@@ -41,7 +42,9 @@ class SpeculativeGeneration(Generation):
     def _run(self) -> Generator[list[Row], None, None]:
         session, source, rule = self.session, self.speculation.source, self.speculation.rule
         begun = perf_counter()
-        logits = session.prefill(self.prompts)  # [B, V]
+        session.tap(source.passes)
+        tapped: list[TappedChunk] = []
+        logits = session.prefill(self.prompts, tapped)  # [B, V]
         sampler = TargetSampler.of(self.params, self.seeds, self.prompts, logits, self.speculation.call)
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
@@ -68,7 +71,7 @@ class SpeculativeGeneration(Generation):
                 self._require_readable(active, readable)
             times = [perf_counter()]
             if self._proposer is None:
-                self._proposer = source.start(text, sampler)
+                self._proposer = source.start(text, sampler, tapped)
             draft = self._draft(self._proposer, text, self.speculation.nodes or chooser.size)
             times.append(perf_counter())
             logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
@@ -77,7 +80,7 @@ class SpeculativeGeneration(Generation):
             accepted = rule.accept(Target(sampler, draft, logits))
             counts, tokens = session.commit(accepted.path, accepted.counts), accepted.tokens
             times.append(perf_counter())
-            self._proposer.observe(draft, logits, accepted)
+            self._proposer.observe(draft, logits, accepted, session.taps)
             times.append(perf_counter())
             self.steps += 1
             rows = [row.index for row in active]
@@ -94,10 +97,12 @@ class SpeculativeGeneration(Generation):
             if self._root is None:
                 self._root = Tree.chain(0).layout(text.tokens.device)
             return Draft(text.last()[:, None], self._root)
-        draft = proposer.propose(text)
-        cut = (draft.layout, min(size, draft.layout.size))
+        draft = proposer.propose(text, size)
+        if draft.layout.size <= size:
+            return draft
+        cut = (draft.layout, size)
         if cut not in self._layouts:
-            self._layouts[cut] = draft.layout.cut(cut[1])
+            self._layouts[cut] = draft.layout.cut(size)
         return draft.cut(self._layouts[cut])
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from accelc.ir.errors import DraftError
 from accelc.runtime.arguments import is_integer
 from accelc.runtime.functions import TensorFunction
+from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.draft import (
     NOTHING,
     Draft,
@@ -57,7 +59,7 @@ class _Source(Source):
         layout = Tree.chain(options.tokens).layout(setting.device)
         self._proposer = _Lookup(functools.partial(look_up, ngram=options.ngram, count=options.tokens), layout, setting)
 
-    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
+    def start(self, text: Text, sampler: TargetSampler, prompts: Sequence[TappedChunk]) -> Proposer:
         return self._proposer
 
 
@@ -65,7 +67,7 @@ class _Lookup(Proposer):
     def __init__(self, function: TensorFunction, layout: Layout, setting: Setting) -> None:
         self._function, self._layout, self._call = function, layout, setting.call
 
-    def propose(self, text: Text) -> Draft:
+    def propose(self, text: Text, nodes: int) -> Draft:
         (tokens,) = self._call(self._function, text.tokens, text.lengths)
         return Draft(tokens, self._layout)
 

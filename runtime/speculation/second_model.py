@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import torch
 from torch import Tensor
 
 from accelc.ir.errors import DraftError
 from accelc.runtime.decoder import Decoder
 from accelc.runtime.sampling import draw_from
-from accelc.runtime.session import Session
+from accelc.runtime.session import Session, TappedChunk
 from accelc.runtime.speculation.acceptance import at_node
 from accelc.runtime.speculation.draft import Draft, DraftKind, Proposer, Setting, Source, Text
 from accelc.runtime.speculation.target import TargetSampler
@@ -41,8 +42,17 @@ class SecondModel(Source):
         self.size = tokens + 1 if tree is None else tree.size
         self.depth = tokens if tree is None else tree.depth
         self.layout = (self.tree or Tree.chain(tokens)).layout(setting.device)
+        self._cut: dict[int, Layout] = {}
 
-    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
+    def layout_of(self, nodes: int) -> Layout:
+        """Of trees of at most so many nodes: one object for each number."""
+        if nodes >= self.size:
+            return self.layout
+        if nodes not in self._cut:
+            self._cut[nodes] = self.layout.cut(nodes)
+        return self._cut[nodes]
+
+    def start(self, text: Text, sampler: TargetSampler, prompts: Sequence[TappedChunk]) -> Proposer:
         known = [row[: int(length) - 1] for row, length in zip(text.tokens.cpu(), text.lengths.tolist())]
         session = self.decoder.start(known)
         return _Chain(session, self, sampler) if self.tree is None else _Tree(session, self)
@@ -55,7 +65,7 @@ class _Model(Proposer):
     """
 
     def __init__(self, session: Session, source: SecondModel) -> None:
-        self.session, self.layout, self.call = session, source.layout, source.call
+        self.session, self.source, self.call = session, source, source.call
         self.skipped = 0
 
     def skip(self) -> None:
@@ -85,8 +95,9 @@ class _Chain(_Model):
         super().__init__(session, source)
         self.sampler = sampler
 
-    def propose(self, text: Text) -> Draft:
-        tokens, count = [text.last()], self.layout.size - 1
+    def propose(self, text: Text, nodes: int) -> Draft:
+        layout = self.source.layout_of(nodes)
+        tokens, count = [text.last()], layout.size - 1
         shaping = self.sampler.shaping
         uniforms = self.sampler.own_uniforms(count) if shaping.samples else None
         proposed: list[Tensor] = []
@@ -102,9 +113,9 @@ class _Chain(_Model):
                 tokens.append(draw_from(proposed[-1], uniforms[:, index]))
         drafts = torch.stack(tokens, dim=1)
         if uniforms is None:
-            return Draft(drafts, self.layout)
+            return Draft(drafts, layout)
         proposed.append(torch.zeros_like(proposed[0]))  # behind the last draft
-        return Draft(drafts, self.layout, DraftKind.INDEPENDENT, torch.stack(proposed, dim=1))
+        return Draft(drafts, layout, DraftKind.INDEPENDENT, torch.stack(proposed, dim=1))
 
 
 class _Tree(_Model):
@@ -115,20 +126,23 @@ class _Tree(_Model):
         depths = self.tree.depths
         self.ends = [sum(d <= depth for d in depths) for depth in range(self.tree.depth + 1)]
 
-    def propose(self, text: Text) -> Draft:
-        parents, ranks = self.layout.parents[0], self.layout.ranks[0]
+    def propose(self, text: Text, nodes: int) -> Draft:
+        layout = self.source.layout_of(nodes)
+        parents, ranks = layout.parents[0], layout.ranks[0]
         tokens = text.last()[:, None]
         with self.session.alone():
             scores = self.behind(text)[:, None]  # of the nodes so far
-            for begin, end in zip(self.ends, self.ends[1:]):
+            for begin, whole in zip(self.ends, self.ends[1:]):
+                end = min(whole, layout.size)
                 best = torch.ops.accelc.top_k(scores.contiguous(), self.tree.width)  # [B, nodes, K]
                 level = slice(begin, end)
                 tokens = torch.cat([tokens, best[:, parents[level], ranks[level]]], dim=1)
-                if end < self.tree.size:
-                    self.session.lengths.copy_(text.lengths - 1)
-                    layout = self.layout.cut(end)
-                    scores = self.session.verify(tokens, layout.depths, layout.words)
-        return Draft(tokens, self.layout)
+                if end == layout.size:
+                    break
+                self.session.lengths.copy_(text.lengths - 1)
+                known = self.source.layout_of(end)
+                scores = self.session.verify(tokens, known.depths, known.words)
+        return Draft(tokens, layout)
 
 
 def likeliest_token(logits: Tensor) -> tuple[Tensor]:

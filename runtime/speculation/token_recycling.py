@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir.errors import DraftError
+from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.draft import (
     Accepted,
     Draft,
@@ -56,7 +58,7 @@ class _Source(Source):
         self.size, self.depth = tree.size, tree.depth
         self._proposer = _Recycler(tree, setting)
 
-    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
+    def start(self, text: Text, sampler: TargetSampler, prompts: Sequence[TappedChunk]) -> Proposer:
         return self._proposer
 
 
@@ -69,11 +71,13 @@ class _Recycler(Proposer):
         self._successors = torch.zeros(setting.vocab_size + 1, tree.width, dtype=torch.int64, device=setting.device)
         self._read, self._learn = functools.partial(read_tree, tree=tree), functools.partial(learn, width=tree.width)
 
-    def propose(self, text: Text) -> Draft:
+    def propose(self, text: Text, nodes: int) -> Draft:
         (tokens,) = self._call(self._read, self._successors, text.tokens, text.lengths)
         return Draft(tokens, self._layout)
 
-    def observe(self, draft: Draft, logits: Tensor, accepted: Accepted) -> None:
+    def observe(
+        self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]
+    ) -> None:
         rows, best = self._call(self._learn, logits, draft.tokens, accepted.path, accepted.counts)
         self._successors[rows] = best
 

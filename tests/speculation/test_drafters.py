@@ -46,7 +46,7 @@ def test_prompt_lookup_copies_what_followed(call: str) -> None:
     )
     def check(rows: list[list[int]], ngram: int, count: int) -> None:
         text = text_of(rows)
-        draft = PromptLookup(tokens=count, ngram=ngram).bind(setting(call)).start(text, None).propose(text)
+        draft = PromptLookup(tokens=count, ngram=ngram).bind(setting(call)).start(text, None, ()).propose(text, count + 1)
         assert draft.tokens.tolist() == [[row[-1], *looked_up(row, ngram, count)] for row in rows]
 
     check()
@@ -55,13 +55,13 @@ def test_prompt_lookup_copies_what_followed(call: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("tree", [RECYCLING.cut(12), Tree.chain(3), RECYCLING], ids=["cut", "chain", "whole"])
 def test_token_recycling_reads_what_it_learned(call: str, tree: Tree) -> None:
-    proposer = TokenRecycling(tree).bind(Setting(11, torch.device("cpu"), CALLS[call])).start(text_of([[1]]), None)
+    proposer = TokenRecycling(tree).bind(Setting(11, torch.device("cpu"), CALLS[call])).start(text_of([[1]]), None, ())
     text = text_of([[4, 2], [5]])
     tree = tree.by_level()
     memory = {token: [0] * tree.width for token in range(11)}
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        draft = proposer.propose(text)
+        draft = proposer.propose(text, tree.size)
         for row, root in enumerate((2, 5)):
             expected = [root]
             for node in range(1, tree.size):
@@ -71,7 +71,7 @@ def test_token_recycling_reads_what_it_learned(call: str, tree: Tree) -> None:
         nodes = torch.tensor([tree.size - 1, 0])
         layout = draft.layout
         accepted = Accepted(nodes, layout.paths[0][nodes], layout.depths[0][nodes] + 1, torch.empty(0))
-        proposer.observe(draft, logits, accepted)
+        proposer.observe(draft, logits, accepted, ())
         remember(memory, draft, logits, accepted)
 
 

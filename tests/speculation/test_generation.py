@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +13,7 @@ import accelc
 from accelc.ir import Exactness
 from accelc.ir.errors import DraftError, ExactnessError, InputError, NonFiniteLogitsError, TreeError
 from accelc.runtime import SamplingParams
+from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.acceptance import Typical
 from accelc.runtime.speculation.draft import (
     DRAFTERS,
@@ -54,7 +56,7 @@ class _Told(Source):
         self.size, self.depth = oracle.length + 1, oracle.length
         self.sequences = torch.tensor(oracle.sequences)
 
-    def start(self, text: Text, sampler: TargetSampler) -> Proposer:
+    def start(self, text: Text, sampler: TargetSampler, prompts: Sequence[TappedChunk]) -> Proposer:
         return _Reader(self)
 
 
@@ -62,7 +64,7 @@ class _Reader(Proposer):
     def __init__(self, told: _Told) -> None:
         self.told, self.layout = told, Tree.chain(told.depth).layout()
 
-    def propose(self, text: Text) -> Draft:
+    def propose(self, text: Text, nodes: int) -> Draft:
         places = text.lengths[:, None] + torch.arange(self.told.depth)
         drafts = self.told.sequences.gather(1, places.clamp(max=self.told.sequences.shape[1] - 1))
         return Draft(torch.cat([text.last()[:, None], drafts], dim=1), self.layout)
