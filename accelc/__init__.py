@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from accelc.compiler import compile as compile
     from accelc.decoder import CompiledDecoder as CompiledDecoder
     from accelc.draft_model import DraftModel as DraftModel
+    from accelc.evaluate import perplexity as perplexity
     from accelc.heads.drafters import Hydra as Hydra
     from accelc.heads.drafters import Medusa as Medusa
-    from accelc.evaluate import perplexity as perplexity
     from accelc.ir import Exactness as Exactness
     from accelc.ir.errors import AccelcError as AccelcError
     from accelc.passes.quantize.calibration import Calibration as Calibration

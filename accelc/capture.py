@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from accelc.capture_failure import (
-    DATA_REMEDY,
     TRACE_REMEDY,
     TRACED,
     Guard,
@@ -35,7 +34,7 @@ from accelc.exported import is_functional, plain_module
 from accelc.input_vocabulary import input_vocab_size
 from accelc.ir.compat import mask_hint_unasked
 from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
-from accelc.ir.program import Program, graph_module, store
+from accelc.ir.program import Program
 from accelc.passes.closeness import TOLERANCES, allowed, differences, spread
 
 MAX_BATCH = 1 << 16

@@ -1,4 +1,4 @@
-"""The command line: `accelc generate`, `eval`, `plan-quantize`, `doctor`, `passes` and `demo`."""
+"""The command line: what `accelc` does; the commands that have a file of their own are in `accelc.command`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +14,8 @@ import typer
 from rich.console import Console
 
 import accelc
+from accelc.command import DTYPE, MODEL, QUANTIZE, compiled, drafting, errors, named_errors, training, trees
 from accelc.demo import main as demo
-from accelc.ir.errors import AccelcError
 
 EXAMPLES = """Examples, with a directory written by save_pretrained:
 
@@ -35,21 +33,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo)
-errors = Console(stderr=True, highlight=False)
-
-OPTIONAL = ("transformers", "tokenizers")
-"""Packages that models in directories need, and nothing else."""
+app.command("train-heads", epilog=training.EXAMPLES)(training.train_heads)
+app.command("tune-tree", epilog=trees.EXAMPLES)(trees.tune_tree)
 
 EVAL_EXAMPLES = """Examples:
 
 accelc eval path/to/model book.txt
 
 accelc eval path/to/model *.py --quantize int4:g64 --window 512 --max-tokens 20000"""
-
-QUANTIZE = Annotated[
-    str | None, typer.Option(help="Keep weights in few bits: int8, int4, int4:g64:asym ...; default: as stored.")
-]
-MODEL = Annotated[Path, typer.Argument(help="Directory with config.json, safetensors and a tokenizer.")]
 
 
 def show_version(wanted: bool) -> None:
@@ -93,7 +84,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the continuation before it; may be given several times.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    dtype: DTYPE = None,
     quantize: QUANTIZE = None,
     draft: Annotated[
         str | None, typer.Option(help="Speculate with this drafter: prompt_lookup or token_recycling.")
@@ -101,8 +92,15 @@ def generate(
     draft_model: Annotated[
         Path | None, typer.Option(help="Speculate with the smaller model in this directory.")
     ] = None,
+    heads: Annotated[Path | None, typer.Option(help="Speculate with these heads, from accelc train-heads.")] = None,
+    tree: Annotated[
+        str | None, typer.Option(help="Tree of the drafts: a file of accelc tune-tree, or dynamic (heads alone).")
+    ] = None,
     accept: Annotated[
         str | None, typer.Option(help="Acceptance rule: matching, rejection (both lossless) or typical (LOSSY).")
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Write statistics of speculation here, for tune-tree; a plot goes next to it.")
     ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Run the step node by node instead of compiling it.")] = False,
     report: Annotated[
@@ -114,8 +112,9 @@ def generate(
     from accelc.evaluate import read_texts
     from accelc.ir.errors import EmptyPromptError, InputError, PromptTooLongError
     from accelc.runtime.text import encode
+    from accelc.speculation_report import plot_statistics
 
-    with _named_errors():
+    with named_errors():
         sampling = accelc.SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         )
@@ -124,11 +123,11 @@ def generate(
         if sampling.greedy and (seed is not None or top_k or top_p != 1 or min_p):
             notice = "At temperature 0 the likeliest token is taken: the seed and the filters have no effect."
             errors.print(notice, soft_wrap=True)
-        if draft is not None and draft_model is not None:
-            raise InputError("two drafters", remedy="Give --draft or --draft-model, and not both.")
-        drafter = draft if draft_model is None else accelc.DraftModel(draft_model)
+        drafter = drafting.drafter_of(draft, draft_model, heads, tree)
+        if statistics is not None and drafter is None:
+            raise InputError("--statistics without a drafter", remedy="Give --draft, --draft-model or --heads.")
         check_draft(drafter, accept, accelc.Exactness.LOSSY)
-        decoder = _compiled(model, max_length, dtype, quantize, eager)
+        decoder = compiled(model, max_length, dtype, quantize, eager)
         if report:
             errors.print(decoder.renderable(), width=None if errors.is_terminal else 120)
         text = read_texts([Path("-")]) if prompt in (None, "-") else prompt
@@ -148,11 +147,14 @@ def generate(
                 sys.stdout.write(event.text)
                 sys.stdout.flush()
             sys.stdout.write("\n")
+            figures = stream.result.statistics
             if report:
-                statistics = stream.result.statistics
-                errors.print(str(statistics))
-                if statistics.speculation is not None:
-                    errors.print(statistics.speculation.table())
+                errors.print(str(figures))
+                if figures.speculation is not None:
+                    errors.print(figures.speculation.table())
+            if statistics is not None and figures.speculation is not None:
+                figures.speculation.save(statistics)
+                plot_statistics(figures.speculation, statistics.with_suffix(".svg"))
 
 
 @app.command("eval", epilog=EVAL_EXAMPLES)
@@ -167,7 +169,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longest sequence; default: the model's, up to 4096.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    dtype: DTYPE = None,
     quantize: QUANTIZE = None,
     json_out: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -177,9 +179,9 @@ def evaluate(
     from accelc.evaluate import perplexity, read_texts
     from accelc.runtime.text import encode
 
-    with _named_errors():
+    with named_errors():
         text = read_texts(texts)
-        decoder = _compiled(model, max_length, dtype, quantize, eager=False)
+        decoder = compiled(model, max_length, dtype, quantize, eager=False)
         ids = encode(decoder.tokenizer, text)[:max_tokens]
         with Progress(console=errors, transient=True) as bar:
             task = bar.add_task("windows", total=None)
@@ -208,7 +210,7 @@ def plan_quantize(
     out: Annotated[Path, typer.Option(help="Where the plan goes; a plot goes next to it.")] = Path("plan.json"),
     rows: Annotated[int, typer.Option(min=1, help="Pieces of text that the program is run on.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 256,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
+    dtype: DTYPE = None,
 ) -> None:
     """Choose scheme and group of each weight by measured sensitivity, for a size or a tolerated loss.
 
@@ -222,7 +224,7 @@ def plan_quantize(
     from accelc.quantization_report import plot_plan, render_plan
     from accelc.runtime.text import encode
 
-    with _named_errors():
+    with named_errors():
         if (max_bytes is None) == (max_rise is None):
             raise InputError("a plan needs one budget", remedy="Give --max-bytes or --max-rise, and not both.")
         if max_rise is not None and max_rise <= 0:
@@ -232,7 +234,7 @@ def plan_quantize(
         if not out.parent.is_dir() or out.is_dir():
             raise InputError(f"no file can be written as {out}", remedy="Give --out a file in a folder that exists.")
         text = read_texts(texts)
-        decoder = _compiled(model, length, dtype, None, eager=False)
+        decoder = compiled(model, length, dtype, None, eager=False)
         calibration = accelc.Calibration.of_text(encode(decoder.tokenizer, text), rows=rows, length=length)
         with Progress(console=errors, transient=True) as bar:
             tasks: dict[str, Any] = {}
@@ -282,51 +284,6 @@ def passes() -> None:
 def _first_sentence(text: str) -> str:
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
-
-
-def _compiled(model: Path, max_length: int | None, dtype: str | None, quantize: str | None, eager: bool) -> Any:
-    """The decoder of a directory."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from accelc.compiler import load_model_for, load_tokenizer, quantization
-    from accelc.ir.errors import InputError
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, None: None}
-    if dtype not in dtypes:
-        raise InputError(f"dtype is {dtype!r}", remedy="Use float32, bfloat16 or float16.")
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None and (model / "config.json").is_file():
-        raise InputError(
-            f"no tokenizer in {model}", remedy="Save one beside the model: tokenizer.save_pretrained(directory)."
-        )
-    transformers_logging.disable_progress_bar()
-    with errors.status("loading the model ...") as status:
-        loaded, left = load_model_for(model, quantization(quantize), dtype=dtypes[dtype])
-        return accelc.compile(
-            loaded,
-            max_length=max_length,
-            tokenizer=tokenizer,
-            quantize=left,
-            backend="eager" if eager else "native",
-            progress=lambda stage: status.update(f"compiling: {stage} ..."),
-        )
-
-
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    """Our own errors, and a missing package, end the command with a text, not with a traceback."""
-    try:
-        yield
-    except AccelcError as error:
-        errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
-        errors.print(str(error), markup=False)
-        raise typer.Exit(1) from None
-    except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
-            raise
-        errors.print(f"{error.name} is not installed: pip install transformers", markup=False)
-        raise typer.Exit(1) from None
 
 
 def main() -> None:

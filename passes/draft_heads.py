@@ -76,4 +76,3 @@ def _inline(program: Program, heads: Program, given: dict[str, fx.Node]) -> tupl
         elif node.op == "call_function":
             known[node] = program.graph.node_copy(node, known.__getitem__)
     return tuple(known[heads.output_node(name)] for name in heads.outputs)
-

@@ -14,6 +14,7 @@ from accelc.passes.registry import register_pass
 
 aten = torch.ops.aten
 
+
 @register_pass
 @dataclass(frozen=True)
 class LastLogits(Pass):

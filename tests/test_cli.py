@@ -54,7 +54,7 @@ def test_generate_with_drafters(saved: Path) -> None:
         assert result.exit_code == 0, result.output
         assert result.stdout == plain.stdout
         assert "tokens a step" in result.output
-        assert "rank 0" in result.output
+        assert "accepted below" in result.output
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,10 @@ def test_generate_with_drafters(saved: Path) -> None:
         (["--draft", "prompt_lookup", "--accept", "hopeful"], "DraftError"),
         (["--draft", "prompt_lookup", "--draft-model", "x"], "InputError"),
         (["--draft-model", "no-such-directory"], "InputError"),
+        (["--heads", "no-such-file"], "InputError"),
+        (["--draft", "prompt_lookup", "--tree", "dynamic"], "InputError"),
+        (["--draft", "token_recycling", "--tree", "no-such-file"], "TreeError"),
+        (["--statistics", "s.json"], "InputError"),
     ],
 )
 def test_errors_are_named_without_a_traceback(saved: Path, arguments: list[str], name: str) -> None:

@@ -9,10 +9,16 @@ from families import FAMILIES, Expect, names
 from greedy import parting, reference
 
 import accelc
+from accelc.heads.files import HeadsFile
+from accelc.heads.graph import Backbone
+from accelc.heads.modules import HYDRA, MEDUSA, DraftHeads, HeadsConfig
 from accelc.ir.errors import AccelcError, NoLogitsError
+from accelc.passes import Pipeline
+from accelc.passes.tap_hidden import TapHidden
+from accelc.runtime.speculation.draft import Drafter
 from accelc.runtime.speculation.prompt_lookup import PromptLookup
 from accelc.runtime.speculation.token_recycling import TokenRecycling
-from accelc.runtime.speculation.trees import RECYCLING
+from accelc.runtime.speculation.trees import RECYCLING, Tree
 
 NEW_TOKENS = 128
 DRAFTS = (PromptLookup(tokens=6), TokenRecycling(RECYCLING.cut(20)))
@@ -23,6 +29,19 @@ PROMPTS = (13, 5, 29)
 def _prompts(vocabulary: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(3, vocabulary, (n,), generator=generator) for n in PROMPTS]
+
+
+def heads_of(decoder: accelc.CompiledDecoder) -> Drafter:
+    """Heads with random weights behind a prefix layer: right by chance, where the vocabulary is small. Hydra's, where
+    the model has a table of tokens.
+    """
+    backbone = Backbone.of(Pipeline([TapHidden()]).run(decoder.programs["step"]))
+    kind = MEDUSA if backbone.embed is None else HYDRA
+    torch.manual_seed(0)
+    sizes = {"hidden": backbone.hidden, "embedding": max(1, backbone.embedding), "vocab_size": backbone.vocab_size}
+    heads = DraftHeads(HeadsConfig(kind, **sizes, heads=2, prefix=backbone.hidden % 2 == 0))
+    tree = Tree.of_paths([(0,), (1,), (2,), (0, 0), (1, 0), (0, 1)])
+    return (accelc.Hydra if kind == HYDRA else accelc.Medusa)(HeadsFile(heads.eval()), tree)
 
 
 @pytest.mark.parametrize("name", names(Expect.DERIVED))
@@ -41,7 +60,7 @@ def test_greedy_tokens_equal_the_model(name: str) -> None:
     pairs = [(0, alone.tokens[0].tolist()), *enumerate(t.tolist() for t in together.tokens)]
     fast = decoder.generate(prompts[0], max_new_tokens=NEW_TOKENS, ignore_eos=True, draft=DRAFTS[1], draft_nodes=20)
     pairs.append((0, fast.tokens[0].tolist()))
-    for draft in DRAFTS:
+    for draft in (*DRAFTS, heads_of(decoder)):
         fast = decoder.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True, draft=draft, draft_nodes=20)
         pairs += enumerate(t.tolist() for t in fast.tokens)
     for row, got in pairs:

@@ -58,7 +58,7 @@ def windows_of(tokenizer: Any, documents: Sequence[str], length: int) -> Tensor:
     end = getattr(tokenizer, "eos_token_id", None)
     ids: list[int] = []
     for text in documents:
-        ids += [*encode(tokenizer, text).tolist(), *([end] if isinstance(end, int) else [])]
+        ids += [*encode(tokenizer, text), *([end] if isinstance(end, int) else [])]
     if len(ids) < length:
         raise InputError(
             f"{len(ids)} tokens of training text do not fill one window of {length}",
@@ -82,7 +82,11 @@ def own_samples(
     said = []
     for index, batch in enumerate(windows.split(rows)):
         result = decoder.generate(
-            batch[:, :begin], max_new_tokens=length - begin, sampling=sampling, seed=seed + index * rows, ignore_eos=True
+            batch[:, :begin],
+            max_new_tokens=length - begin,
+            sampling=sampling,
+            seed=seed + index * rows,
+            ignore_eos=True,
         )
         said.append(torch.cat([batch[:, :begin], torch.stack(list(result.tokens))], dim=1))
         if progress is not None:

@@ -41,7 +41,9 @@ class _Heads(Drafter):
 
     def __post_init__(self) -> None:
         if not isinstance(self.heads, str | Path | HeadsFile):
-            raise DraftError(f"heads are {type(self.heads).__name__}", remedy="Give a path, or what load_heads returns.")
+            raise DraftError(
+                f"heads are {type(self.heads).__name__}", remedy="Give a path, or what load_heads returns."
+            )
         given = isinstance(self.tree, Tree) and self.tree.depth >= 1
         if not given and self.tree not in (None, "dynamic"):
             raise DraftError(f"tree is {self.tree!r}", remedy='Give a Tree of at least two nodes, or "dynamic".')
@@ -67,7 +69,7 @@ class Medusa(_Heads):
 
     * ``heads``: a file of `accelc train-heads`, or in the layout that the Medusa authors publish.
     * ``tree``: a `Tree` of at most as many levels as there are heads, by default the one that expects most by the
-      accuracies in the file (without them Medusa's own); "dynamic" builds for each step the tree of the likeliest paths.
+      accuracies in the file (without them Medusa's own); "dynamic" builds the tree of the likeliest paths at each step.
     * ``quantize``: keep the heads' weights in few bits: drafts may be worse, never the output.
     """
 
@@ -86,6 +88,12 @@ class Hydra(_Heads):
     made: ClassVar[str] = HYDRA
 
 
+def drafter_for(path: str | Path) -> Drafter:
+    """The drafter for heads in a file, whatever their kind."""
+    file = load_heads(path)
+    return Hydra(file) if file.config.kind == HYDRA else Medusa(file)
+
+
 def _bound(
     file: HeadsFile,
     backbone: Backbone,
@@ -94,7 +102,8 @@ def _bound(
     setting: Setting,
 ) -> Source:
     compile_step, step = setting.compile, setting.step
-    assert compile_step is not None and step is not None
+    assert compile_step is not None
+    assert step is not None
     heads = file.heads.to(dtype=backbone.dtype, device=setting.device)
     tree = None if asked == "dynamic" else asked or default_tree(file)
     width = min(WIDTH, backbone.vocab_size)
@@ -114,9 +123,7 @@ def _bound(
         nodes = min(nodes, size)
         cut = None if tree is None else tree.cut(nodes)
         form: nn.Module = (
-            DynamicDraft(heads, backbone.embed, nodes, width)
-            if cut is None
-            else FixedDraft(heads, backbone.embed, cut)
+            DynamicDraft(heads, backbone.embed, nodes, width) if cut is None else FixedDraft(heads, backbone.embed, cut)
         )
         program = draft_program(base, heads, form, backbone)
         run = compile_step(program if smaller is None else smaller.run(program))
@@ -138,7 +145,8 @@ def default_tree(file: HeadsFile) -> Tree:
     """The tree that expects most by the heads' accuracies; without them Medusa's, as deep as the heads go."""
     if file.accuracy:
         return best_tree(file.accuracy, NODES - 1)
-    depths, kept = PUBLISHED_TREE.depths, []
+    depths = PUBLISHED_TREE.depths
+    kept: list[int] = []
     place: dict[int, int] = {}
     for node in range(PUBLISHED_TREE.size):
         if depths[node] <= file.config.heads:

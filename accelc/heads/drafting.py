@@ -10,18 +10,28 @@ from torch import Tensor, nn
 from accelc.heads.modules import DraftHeads
 from accelc.runtime.speculation.trees import Layout, Tree, layout_of
 
-Embed = Callable[[Tensor], Tensor]
-"""Token ids [...] -> embeddings [..., E]."""
+Embed = Callable[[Tensor], Tensor] | None
+"""Token ids [...] -> embeddings [..., E]; heads that do not read them need none."""
 
 
-class FixedDraft(nn.Module):
+class _Draft(nn.Module):
+    def __init__(self, heads: DraftHeads, embed: Embed) -> None:
+        super().__init__()
+        self.heads, self.embed = heads, embed
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        assert self.embed is not None  # heads that read embeddings are refused without a table
+        return self.embed(tokens)
+
+
+class FixedDraft(_Draft):
     """A fixed tree of candidates: hidden [B, 1, H] of each row's last token and its root [B, 1] -> tokens [B, N]."""
 
     outputs = ("tokens",)
 
     def __init__(self, heads: DraftHeads, embed: Embed, tree: Tree) -> None:
-        super().__init__()
-        self.heads, self.tree, self.embed = heads, tree, embed
+        super().__init__(heads, embed)
+        self.tree = tree
         levels = [[node for node in range(tree.size) if tree.depths[node] == d] for d in range(tree.depth + 1)]
         order = [node for level in levels for node in level]
         self.widths = [max(tree.ranks[node] for node in level) + 1 for level in levels]
@@ -32,7 +42,9 @@ class FixedDraft(nn.Module):
             self._index(f"above_{depth}", [levels[depth - 1].index(node) for node in above])
             self._index(f"parent_{depth}", parents)
             self._index(f"rank_{depth}", [tree.ranks[node] for node in levels[depth]])
-            self._index(f"choice_{depth}", [p * self.widths[depth] + tree.ranks[n] for p, n in zip(parents, levels[depth])])
+            self._index(
+                f"choice_{depth}", [p * self.widths[depth] + tree.ranks[n] for p, n in zip(parents, levels[depth])]
+            )
 
     def _index(self, name: str, values: list[int]) -> None:
         self.register_buffer(name, torch.tensor(values), persistent=False)
@@ -45,7 +57,7 @@ class FixedDraft(nn.Module):
                 getattr(self, f"{name}_{depth}") for name in ("above", "parent", "rank", "choice")
             )
             if self.heads.config.sequential:
-                paths = [path.index_select(1, above) for path in (*paths, self.embed(tokens))]
+                paths = [path.index_select(1, above) for path in (*paths, self._embedded(tokens))]
                 read = hidden.expand(-1, len(above), -1)
                 best = torch.ops.accelc.top_k(self.heads.score(depth - 1, read, paths), self.widths[depth])
                 tokens = best.flatten(1).index_select(1, choice)
@@ -57,7 +69,7 @@ class FixedDraft(nn.Module):
         return (torch.cat(levels, dim=1).index_select(1, self.place),)
 
 
-class DynamicDraft(nn.Module):
+class DynamicDraft(_Draft):
     """The tree of `nodes` nodes (the root included) whose paths the heads find likeliest (Li et al. 2024, EAGLE-2).
 
     Level by level the `width` likeliest nodes are expanded into as many children; of all of them the likeliest stay. A
@@ -68,8 +80,8 @@ class DynamicDraft(nn.Module):
     outputs = ("tokens", "parents", "ranks", "depths", "paths", "words")
 
     def __init__(self, heads: DraftHeads, embed: Embed, nodes: int, width: int) -> None:
-        super().__init__()
-        self.heads, self.embed, self.width = heads, embed, width
+        super().__init__(heads, embed)
+        self.width = width
         self.nodes, self.depth = nodes, min(heads.config.heads, nodes - 1)
 
     def forward(self, hidden: Tensor, root: Tensor) -> tuple[Tensor, ...]:
@@ -82,7 +94,7 @@ class DynamicDraft(nn.Module):
         for depth in range(1, self.depth + 1):
             width = frontier.shape[1]
             if self.heads.config.sequential:
-                paths = [*paths, self.embed(frontier)]
+                paths = [*paths, self._embedded(frontier)]
                 scores = self.heads.score(depth - 1, hidden.expand(-1, width, -1), paths).float()
             else:
                 scores = self.heads.score(depth - 1, hidden, ()).float().expand(-1, width, -1)

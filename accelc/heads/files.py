@@ -141,7 +141,10 @@ def _filled(config: HeadsConfig, tensors: dict[str, Tensor], source: Path) -> Dr
         heads = DraftHeads(config)
     expected = heads.state_dict()
     wrong = sorted(
-        {*expected.keys() ^ tensors.keys(), *(n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape)}  # noqa: E501
+        {
+            *expected.keys() ^ tensors.keys(),
+            *(n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape),
+        }
     )
     if wrong:
         raise CheckpointError(
@@ -175,7 +178,11 @@ def _published(tensors: dict[str, Tensor], source: Path) -> HeadsFile:
         parts = name.split(".")
         while parts and not parts[0].isdigit():
             parts = parts[1:]
-        if len(parts) < 3 or not parts[1].isdigit() or ".".join(parts[2:]) not in ("linear.weight", "linear.bias", "weight"):  # noqa: E501
+        if (
+            len(parts) < 3
+            or not parts[1].isdigit()
+            or ".".join(parts[2:]) not in ("linear.weight", "linear.bias", "weight")
+        ):
             raise CheckpointFormatError(
                 f"{name} is no tensor of Medusa heads", where=str(source),
                 remedy="Heads of other methods are not read; train some with accelc train-heads.",

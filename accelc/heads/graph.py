@@ -28,7 +28,8 @@ class Embedding(nn.Module):
 
     def __init__(self, program: Program, node: fx.Node) -> None:
         super().__init__()
-        self._target, self._args = node.target, []
+        self._target = node.target
+        self._args: list[str | tuple[object] | None] = []
         for index, argument in enumerate(node.args):
             if isinstance(argument, fx.Node) and argument.op == "get_attr":
                 self.register_buffer(f"table_{index}", fetch(program.module, str(argument.target)))
@@ -37,9 +38,7 @@ class Embedding(nn.Module):
                 self._args.append(None if isinstance(argument, fx.Node) else (argument,))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        arguments = [
-            tokens if a is None else getattr(self, a) if isinstance(a, str) else a[0] for a in self._args
-        ]
+        arguments = [tokens if a is None else getattr(self, a) if isinstance(a, str) else a[0] for a in self._args]
         return self._target(*arguments)  # type: ignore[operator, no-any-return]
 
 
@@ -86,7 +85,11 @@ def embedding_of(program: Program) -> Embedding | None:
     tokens = program.placeholders()[0]
     for node in tokens.users:
         tables = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        if tables and node.all_input_nodes == [*tables, tokens] and fetch(program.module, str(tables[0].target)).dim() == 2:  # noqa: E501
+        if (
+            tables
+            and node.all_input_nodes == [*tables, tokens]
+            and fetch(program.module, str(tables[0].target)).dim() == 2
+        ):
             return Embedding(program, node)
     return None
 
@@ -106,8 +109,7 @@ def capture_module(
         )
         if not is_functional(exported.graph):
             exported = exported.run_decompositions({})
-    program = Program(name, plain_module(exported, tuple(inputs)), tuple(inputs), tuple(outputs))
-    return program
+    return Program(name, plain_module(exported, tuple(inputs)), tuple(inputs), tuple(outputs))
 
 
 def hidden_program(heads: DraftHeads, backbone: Backbone, max_length: int) -> Program:

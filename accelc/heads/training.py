@@ -58,7 +58,7 @@ class TrainSettings:
     window: int = 256
     rows: int = 8
     accumulate: int = 1
-    rate: float = 1e-3
+    rate: float = 3e-3
     warmup: int = 50
     precision: str | None = None
     save_every: int = 100
@@ -76,7 +76,7 @@ class TrainSettings:
             raise InputError(f"the loss is {self.loss!r}", remedy="Use labels or teacher.")
         if self.precision not in (None, "no", "bf16", "fp16"):
             raise InputError(f"the precision is {self.precision!r}", remedy="Use no, bf16 or fp16.")
-        if not 0 < self.decay <= 1 or not 0 < self.rate or not 0 <= self.warmup:
+        if not 0 < self.decay <= 1 or not self.rate > 0 or not self.warmup >= 0:
             raise InputError(
                 f"decay {self.decay}, rate {self.rate}, warmup {self.warmup}",
                 remedy="decay lies in (0, 1], the rate above 0, warmup is at least 0.",
@@ -243,6 +243,7 @@ class _Run:
         """A checkpoint that is there as a whole or not at all."""
         new = folder / f"{STATE}.new"
         self.accelerator.save_state(str(new))
+        self.accelerator.wait_for_everyone()  # each process writes a file of its own
         if self.accelerator.is_main_process:
             (new / "step").write_text(str(step))
             shutil.rmtree(folder / STATE, ignore_errors=True)

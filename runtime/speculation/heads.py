@@ -143,5 +143,7 @@ class _FromContext(Proposer):
 
 def draft_of(drafting: Drafting, results: tuple[Tensor, ...]) -> Draft:
     """The draft that a program returned."""
-    tokens, *layout = results
-    return Draft(tokens, drafting.layout or Layout(*layout, drafting.width))
+    if drafting.layout is not None:
+        return Draft(results[0], drafting.layout)
+    tokens, parents, ranks, depths, paths, words = results
+    return Draft(tokens, Layout(parents, ranks, depths, paths, words, drafting.width))

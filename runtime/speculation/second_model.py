@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from accelc.runtime.session import Session, TappedChunk
 from accelc.runtime.speculation.acceptance import at_node
 from accelc.runtime.speculation.draft import Draft, DraftKind, Proposer, Setting, Source, Text
 from accelc.runtime.speculation.target import TargetSampler
-from accelc.runtime.speculation.trees import Tree
+from accelc.runtime.speculation.trees import Layout, Tree
 
 
 class SecondModel(Source):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from accelc.ir.errors import InputError
 from accelc.runtime.speculation.draft import Accepted, Draft
 from accelc.runtime.speculation.trees import WORD, Layout
 
+FORMAT = "accelc.speculation.1"
 PARTS = ("draft", "verify", "accept", "update")
 
 
@@ -32,6 +37,9 @@ class SpeculationStatistics:
     """accepted[d][r]: how many of them were."""
     seconds: dict[str, float]
     """Time by part: draft, verify (the compiled step), accept (with the commit), update (of the drafter)."""
+    batch: int = 1
+    step_seconds: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """By nodes of a step: how many steps had so many, and the median of their seconds, drafting included."""
 
     @property
     def mean_accepted_length(self) -> float:
@@ -46,6 +54,29 @@ class SpeculationStatistics:
             for reached, accepted in zip(self.reached, self.accepted)
         ]
 
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, for `accelc tune-tree`."""
+        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SpeculationStatistics:
+        """From a file that `save` wrote. Raises InputError."""
+        try:
+            given = json.loads(Path(path).read_text())
+            if given.pop("format") != FORMAT:
+                raise ValueError("another format")
+            for name in ("reached", "accepted"):
+                given[name] = tuple(tuple(map(int, row)) for row in given[name])
+            given["lengths"] = tuple(map(int, given["lengths"]))
+            given["step_seconds"] = {int(n): (int(c), float(s)) for n, (c, s) in given["step_seconds"].items()}
+            return cls(**given)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"no statistics of speculation: {type(error).__name__}: {error}",
+                where=str(path),
+                remedy="Record some: accelc generate --draft ... --statistics FILE.",
+            ) from error
+
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in self.seconds.items())
         return (
@@ -55,11 +86,11 @@ class SpeculationStatistics:
 
     def table(self) -> Table:
         """How often the candidates of each depth and rank were right, for `rich.print`."""
-        table = Table(title="accepted, of the drafts below an accepted path", title_justify="left")
+        table = Table(title="accepted below an accepted path, by depth (down) and rank", title_justify="left")
         table.add_column("depth", justify="right")
         ranks = max((len(row) for row in self.reached), default=0)
         for rank in range(ranks):
-            table.add_column(f"rank {rank}", justify="right")
+            table.add_column(str(rank), justify="right")
         for depth, row in enumerate(self.accuracy):
             known = [f"{a:.2f}" if self.reached[depth][r] else "" for r, a in enumerate(row)]
             table.add_row(str(depth + 1), *known)
@@ -73,11 +104,13 @@ class Recorder:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     _steps: list[tuple[Layout, Tensor, Tensor, list[int]]] = field(default_factory=list)
     """Of each step: the trees, their tokens [B, N], the last node kept [B], rows that had not ended before it."""
+    _times: dict[int, list[float]] = field(default_factory=dict)
 
     def add(self, draft: Draft, accepted: Accepted, rows: list[int], times: Sequence[float]) -> None:
         """One step; `times`: begin and end of its parts."""
         for part, begin, end in zip(PARTS, times, times[1:]):
             self.seconds[part] += end - begin
+        self._times.setdefault(draft.layout.size, []).append(times[-1] - times[0])
         self._steps.append((draft.layout, draft.tokens, accepted.node, rows))
 
     def summary(self, drafter: str, rule: str) -> SpeculationStatistics:
@@ -103,6 +136,8 @@ class Recorder:
             reached=tuple(map(tuple, reached.tolist())),
             accepted=tuple(map(tuple, accepted.tolist())),
             seconds=dict(self.seconds),
+            batch=len(self._steps[0][1]) if self._steps else 1,
+            step_seconds={nodes: (len(times), median(times)) for nodes, times in sorted(self._times.items())},
         )
 
 

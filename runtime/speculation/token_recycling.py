@@ -75,9 +75,7 @@ class _Recycler(Proposer):
         (tokens,) = self._call(self._read, self._successors, text.tokens, text.lengths)
         return Draft(tokens, self._layout)
 
-    def observe(
-        self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]
-    ) -> None:
+    def observe(self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]) -> None:
         rows, best = self._call(self._learn, logits, draft.tokens, accepted.path, accepted.counts)
         self._successors[rows] = best
 

@@ -6,8 +6,10 @@ and a rank among its siblings, 0 the most likely.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,6 +93,28 @@ class Tree:
     def width(self) -> int:
         """Largest rank, plus one: candidates that are needed at a node."""
         return max(self.ranks) + 1
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """The ranks on the way to each node behind the root, as `of_paths` takes them."""
+        found: list[tuple[int, ...]] = [()]
+        for node in range(1, self.size):
+            found.append((*found[self.parents[node]], self.ranks[node]))
+        return found[1:]
+
+    def save(self, path: str | Path) -> None:
+        """Write its paths as JSON."""
+        Path(path).write_text(json.dumps(self.paths()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tree:
+        """From a JSON list of paths of ranks. Raises `TreeError`."""
+        try:
+            given = json.loads(Path(path).read_text())
+            return cls.of_paths([tuple(one) for one in given])
+        except (OSError, ValueError, TypeError) as error:
+            if isinstance(error, TreeError):
+                raise
+            raise TreeError(f"no tree can be read: {type(error).__name__}: {error}", where=str(path)) from error
 
     def cut(self, size: int) -> Tree:
         """The first `size` nodes."""

@@ -198,3 +198,17 @@ class NoLogits(Plain):
 def build(mixer: Mixer, model: Callable[[Mixer], nn.Module] = Plain) -> nn.Module:
     """A hand-written model around `mixer`: fp32, evaluation mode, the same random weights on every call."""
     return random_model(lambda: model(mixer))
+
+
+class Counting(nn.Module):
+    """Says, whatever came before, the number behind a token; hidden states are one-hot."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(size, size), nn.Linear(size, size, bias=False)
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.eye(size))
+            self.out.weight.copy_(torch.eye(size).roll(1, 0) * 9)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.embed(ids))

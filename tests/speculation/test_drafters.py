@@ -46,7 +46,9 @@ def test_prompt_lookup_copies_what_followed(call: str) -> None:
     )
     def check(rows: list[list[int]], ngram: int, count: int) -> None:
         text = text_of(rows)
-        draft = PromptLookup(tokens=count, ngram=ngram).bind(setting(call)).start(text, None, ()).propose(text, count + 1)
+        draft = (
+            PromptLookup(tokens=count, ngram=ngram).bind(setting(call)).start(text, None, ()).propose(text, count + 1)
+        )
         assert draft.tokens.tolist() == [[row[-1], *looked_up(row, ngram, count)] for row in rows]
 
     check()
