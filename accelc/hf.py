@@ -20,6 +20,7 @@ from accelc.compiler import OPTIONS
 from accelc.confirm import confirm
 from accelc.decoder import CompiledDecoder
 from accelc.fingerprint import fingerprint
+from accelc.hf_speculation import speculate
 from accelc.ir.errors import (
     DTypeError,
     EmptyPromptError,
@@ -51,7 +52,8 @@ def decode(
 
     max_length: longest sequence the model is compiled for, and the most a call may ask for; None takes the call's own,
     rounded up to a power of two, so that calls of similar length share one compilation. streamer: a transformers
-    streamer for every call, beside the one that a call brings. options: for `accelc.compile`.
+    streamer for every call, beside the one that a call brings. options: for `accelc.compile`; with ``draft`` tokens
+    come by speculation: the same ones greedily, others of the same distribution when sampling.
 
     Raises `UnknownOptionError`, `InputError`, `StreamerError`.
 
@@ -63,11 +65,8 @@ def decode(
         raise GenerationModeError(
             "custom_generate is the function accelc.hf.decode", remedy="Call it: custom_generate=accelc.hf.decode()."
         )
-    known = [
-        option for option in OPTIONS if option not in ("draft", "accept")
-    ]  # transformers' processors see one token
-    if unknown := options.keys() - set(known):
-        raise unknown_options("accelc.hf.decode", unknown, ("streamer", *known))
+    if unknown := options.keys() - set(OPTIONS):
+        raise unknown_options("accelc.hf.decode", unknown, ("streamer", *OPTIONS))
     if max_length is not None:
         check_count("max_length", max_length, least=2)
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
@@ -120,6 +119,10 @@ class CustomGenerate:
         if own is not None and own is not given:
             call_streamer(own.put, input_ids.cpu())  # to the call's own streamer transformers has shown the prompt
         streamers = list(dict.fromkeys(s for s in (own, given) if s is not None))
+        if self.options.get("draft") is not None:
+            return speculate(
+                decoder, input_ids, prompts, logits_processor, stopping_criteria, generation_config, streamers
+            )
         with decoder.start(prompts) as session:
             return self._loop(session, input_ids, logits_processor, stopping_criteria, generation_config, streamers)
 

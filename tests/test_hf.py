@@ -24,6 +24,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import accelc
@@ -293,6 +294,76 @@ def test_stop_strings_by_their_criterion(llama):
         llama.generate(prompt(), **call, stop_strings=[stop], tokenizer=tokenizer, custom_generate=hf.decode())
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"eos": True}], ids=str)
+def test_greedy_tokens_with_a_drafter_are_those_of_transformers(llama, options):
+    inputs = left_padded()
+    options = dict(options)
+    if options.pop("eos", False):
+        free = llama.generate(**inputs, max_new_tokens=20, do_sample=False)[0, 7:]
+        options |= {"eos_token_id": int(free[5]), "pad_token_id": 3}
+    call = {**inputs, "max_new_tokens": 20, "do_sample": False, **options}
+    theirs = llama.generate(**call)
+    ours = llama.generate(**call, custom_generate=hf.decode(draft="prompt_lookup"))
+    assert torch.equal(theirs, ours)
+
+
+def test_a_drafter_samples_streams_and_gives_an_object(llama):
+    call = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01}
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        shown = Collected()
+        drawn.append(
+            llama.generate(prompt(), **call, custom_generate=hf.decode(draft="token_recycling", streamer=shown))
+        )
+        assert shown.tokens == drawn[-1][0].tolist()
+        assert shown.ended
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    found = llama.generate(
+        prompt(), max_new_tokens=4, return_dict_in_generate=True, custom_generate=hf.decode(draft="prompt_lookup")
+    )
+    assert found.sequences.shape == (1, 11)
+
+
+class Collected:
+    """A streamer that keeps what it is shown."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"min_new_tokens": 3, "eos_token_id": 5}, "LogitsProcessor"),
+        ({"do_sample": True, "typical_p": 0.5}, "TypicalLogitsWarper"),
+        ({"max_time": 5.0}, "MaxTimeCriteria"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
+        ({"streamer": Collected()}, "streamer"),
+    ],
+    ids=str,
+)
+def test_what_a_drafter_cannot_keep_is_refused(llama, options, what):
+    with pytest.raises((GenerationModeError, ValueError), match=what):
+        llama.generate(**left_padded(), max_new_tokens=4, **options, custom_generate=hf.decode(draft="prompt_lookup"))
+
+
+def test_a_penalty_that_counts_something_else_is_refused(llama):
+    for ignored, given in ((None, left_padded()), (3, {"inputs": prompt()})):
+        penalty = RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=ignored)
+        with pytest.raises(GenerationModeError, match="RepetitionPenalty"):
+            llama.generate(
+                **given, max_new_tokens=4, logits_processor=[penalty], custom_generate=hf.decode(draft="prompt_lookup")
+            )
+
+
 def test_an_assistant_is_refused(llama):
     with pytest.raises(GenerationModeError, match="assistant_model"):
         llama.generate(prompt(), assistant_model=llama, max_new_tokens=4, custom_generate=hf.decode())
@@ -306,7 +377,7 @@ def test_an_assistant_is_refused(llama):
         ({"max_length": True}, InputError),
         ({"max_length": 1}, InputError),
         ({"quantise": "int8"}, UnknownOptionError),
-        ({"draft": "prompt_lookup"}, UnknownOptionError),
+        ({"drafts": "prompt_lookup"}, UnknownOptionError),
     ],
     ids=str,
 )
