@@ -1,21 +1,23 @@
 """What speculation gives on the demo's trained model and text that it was not trained on.
 
-    python benchmarks/speculation.py                     # trains the demo's model first where it is not in the cache
+    python benchmarks/speculation.py                     # trains what is not in the cache first, some ten minutes
     python benchmarks/speculation.py --batch 1 --repeats 5 --prompts 6
 
 Every way decodes the same held-out prompts, the ways taking turns: plain, and with each drafter, here and (where it has
 a counterpart: batch 1) in transformers. Rates are medians over turns; a mean accepted length counts the token behind
-the accepted drafts. The curve gives the time of a verifying step by its number of nodes, on which the choice of a tree
+the accepted drafts. Heads (Medusa, Hydra, Hydra++) and the second model are trained on the text that the demo's model
+was trained on, once. The curve gives the time of a verifying step by its number of nodes, on which the choice of a tree
 rests.
 """
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,6 +31,8 @@ from accelc.demo.corpus import read_corpus
 from accelc.demo.settings import Settings
 from accelc.demo.tokenizer import encode_files
 from accelc.demo.training import Trained, trained_model
+from accelc.heads.files import load_heads
+from accelc.heads.training import TrainSettings, train_heads
 from accelc.runtime.speculation.draft import Drafter
 from accelc.runtime.speculation.trees import RECYCLING, Tree
 
@@ -41,6 +45,12 @@ DRAFTERS: dict[str, Drafter] = {
     ),
     "token recycling, 16 of its nodes": accelc.TokenRecycling(RECYCLING.cut(17)),
     "token recycling, all 80": accelc.TokenRecycling(),
+}
+HEADS = TrainSettings(heads=4, steps=600, rate=1e-2, save_every=10**6)
+KINDS: dict[str, dict[str, object]] = {
+    "medusa": {"kind": "medusa"},
+    "hydra": {"kind": "hydra"},
+    "hydra++": {"kind": "hydra", "prefix": True},
 }
 CURVE = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
@@ -80,12 +90,13 @@ def main(
     settings = Settings()
     trained = trained_model(settings, console)
     held_out = encode_files(trained.tokenizer, read_corpus(settings.corpus_bytes).held_out.values())
+    drafters = DRAFTERS | trained_drafters(trained, settings, console)
     texts = list(held_out[: prompts * 7 * prompt_tokens].view(prompts, -1)[:, :prompt_tokens])
     decoder = accelc.compile(trained.model, max_length=prompt_tokens + new_tokens)
     rows, runs = [], []
     for size in batch or [1, 4]:
         for heat in [0.0, 0.8] if temperature is None else temperature:
-            for way, run in ways(decoder, trained, heat, transformers and size == 1).items():
+            for way, run in ways(decoder, trained, drafters, heat, transformers and size == 1).items():
                 rows.append(Row(way, size, heat))
                 runs.append(run)
     for row, run in track(list(zip(rows, runs, strict=True)), "warming up", console=console):
@@ -99,16 +110,53 @@ def main(
     write(rows, curve, out, console, trained)
 
 
-def ways(decoder: accelc.CompiledDecoder, trained: Trained, temperature: float, theirs: bool) -> dict[str, Run]:
+def trained_drafters(trained: Trained, settings: Settings, console: Console) -> dict[str, Drafter]:
+    """Heads and a second model for the demo's model, from the cache or trained now."""
+    corpus = read_corpus(settings.corpus_bytes)
+    ids = encode_files(trained.tokenizer, corpus.train.values())
+    windows = ids[: len(ids) // HEADS.window * HEADS.window].view(-1, HEADS.window)
+    found: dict[str, Drafter] = {}
+    for title, options in KINDS.items():
+        wanted = replace(HEADS, **options)  # type: ignore[arg-type]
+        path = trained.path.with_name(f"{trained.path.name}-heads-{key_of(wanted)}.safetensors")
+        if not path.exists():
+            console.print(f"Training {title} heads: {wanted.steps} steps.")
+            train_heads(trained.model, windows, wanted, path)
+        file = load_heads(path)
+        kind = accelc.Hydra if wanted.kind == "hydra" else accelc.Medusa
+        found[f"{title}, chain of {HEADS.heads}"] = kind(file, Tree.chain(HEADS.heads))
+        found[f"{title}, tree"] = kind(file)
+        found[f"{title}, dynamic tree"] = kind(file, "dynamic")
+    found["second model, chain of 4"] = accelc.DraftModel(small_model(settings, console).model, tokens=4)
+    return found
+
+
+def small_model(settings: Settings, console: Console) -> Trained:
+    """A model of the same text and vocabulary with a tenth of the weights."""
+    return trained_model(replace(settings, hidden=128, layers=1, heads=2, kv_heads=1), console)
+
+
+def key_of(settings: TrainSettings) -> str:
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+
+
+def ways(
+    decoder: accelc.CompiledDecoder, trained: Trained, drafters: dict[str, Drafter], temperature: float, theirs: bool
+) -> dict[str, Run]:
     """How the prompts are decoded, by title."""
     found: dict[str, Run] = {"accelc, plain": ours(decoder, temperature, False)}
-    found |= {f"accelc, {name}": ours(decoder, temperature, drafter) for name, drafter in DRAFTERS.items()}
+    found |= {f"accelc, {name}": ours(decoder, temperature, drafter) for name, drafter in drafters.items()}
     if theirs:
         found["transformers, plain"] = of_transformers(trained, temperature, {})
         for tokens in (4, 10):
             found[f"transformers, prompt lookup, {tokens}"] = of_transformers(
                 trained, temperature, {"prompt_lookup_num_tokens": tokens}
             )
+        (second,) = (drafter for drafter in drafters.values() if isinstance(drafter, accelc.DraftModel))
+        assistant: Any = second.model
+        assistant.generation_config.num_assistant_tokens = 4
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        found["transformers, second model, 4"] = of_transformers(trained, temperature, {"assistant_model": assistant})
     return found
 
 
@@ -127,7 +175,7 @@ def ours(decoder: accelc.CompiledDecoder, temperature: float, draft: Drafter | b
     return run
 
 
-def of_transformers(trained: Trained, temperature: float, options: dict[str, int]) -> Run:
+def of_transformers(trained: Trained, temperature: float, options: dict[str, Any]) -> Run:
     """`model.generate` of one prompt; its prefill is measured apart, by a generation of one token."""
     model = trained.model
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}

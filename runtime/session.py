@@ -216,6 +216,11 @@ class Session:
             self._trees[name, size] = bound(getattr(self.steps.trees(self._passes), name), *inputs), buffers
         return self._trees[name, size]
 
+    @property
+    def generating(self) -> Tensor:
+        """[B] int64: 1 for each row that has not been retired, else 0."""
+        return self._advance
+
     def retire(self, rows: Sequence[int]) -> None:
         """Rows that generate no more: from now on `decode` leaves their lengths alone."""
         self._advance[list(rows)] = 0

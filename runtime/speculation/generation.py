@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.choice import SizeChooser
-from accelc.runtime.speculation.draft import Draft, Proposer, Text
+from accelc.runtime.speculation.draft import Accepted, Draft, Proposer, Text
 from accelc.runtime.speculation.speculator import Speculation
 from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
@@ -30,6 +31,8 @@ class SpeculativeGeneration(Generation):
     """Of trees that were cut."""
     _root: Layout | None = None
     """Of a step without drafts."""
+    _nothing: Tensor | None = None
+    """Zeros [B]."""
 
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
@@ -48,7 +51,7 @@ class SpeculativeGeneration(Generation):
         sampler = TargetSampler.of(self.params, self.seeds, self.prompts, logits, self.speculation.call)
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
-        tokens = sampler.first(logits)[:, None]
+        tokens = sampler.following(logits)[:, None]
         counts = torch.ones_like(sampler.new)
         text = self._text(tokens.device, source.depth + 1)
         chooser = SizeChooser(self.speculation.times, len(self.rows), source.size)
@@ -72,16 +75,23 @@ class SpeculativeGeneration(Generation):
             times = [perf_counter()]
             if self._proposer is None:
                 self._proposer = source.start(text, sampler, tapped)
-            draft = self._draft(self._proposer, text, self.speculation.nodes or chooser.size)
-            times.append(perf_counter())
-            logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
-            session.synchronize()
-            times.append(perf_counter())
-            accepted = rule.accept(Target(sampler, draft, logits))
-            counts, tokens = session.commit(accepted.path, accepted.counts), accepted.tokens
-            times.append(perf_counter())
-            self._proposer.observe(draft, logits, accepted, session.taps)
-            times.append(perf_counter())
+            size = self.speculation.nodes or chooser.size
+            if size == 1 and not source.passes:
+                draft, accepted = self._plain(self._proposer, text, sampler)
+                counts = session.generating
+                times += 4 * [perf_counter()]
+            else:
+                draft = self._draft(self._proposer, text, size)
+                times.append(perf_counter())
+                logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
+                session.synchronize()
+                times.append(perf_counter())
+                accepted = rule.accept(Target(sampler, draft, logits))
+                counts = session.commit(accepted.path, accepted.counts)
+                times.append(perf_counter())
+                self._proposer.observe(draft, logits, accepted, session.taps)
+                times.append(perf_counter())
+            tokens = accepted.tokens
             self.steps += 1
             rows = [row.index for row in active]
             self.recorder.add(draft, accepted, rows, times)
@@ -90,13 +100,26 @@ class SpeculativeGeneration(Generation):
                 paths = [path[:count] for row, (path, count) in enumerate(kept) if row in rows]
                 chooser.add(paths, times[-1] - times[0])
 
+    def _plain(self, proposer: Proposer, text: Text, sampler: TargetSampler) -> tuple[Draft, Accepted]:
+        """A step of plain decoding, which is a draft of the root alone, by the step of one token."""
+        proposer.skip()
+        root = text.last()
+        tokens = sampler.following(self.session.decode(root))[:, None]
+        if self._nothing is None:
+            self._nothing = torch.zeros_like(root)
+        nothing = self._nothing
+        return Draft(root[:, None], self._alone(root.device)), Accepted(nothing, nothing[:, None], nothing + 1, tokens)
+
+    def _alone(self, device: torch.device) -> Layout:
+        if self._root is None:
+            self._root = Tree.chain(0).layout(device)
+        return self._root
+
     def _draft(self, proposer: Proposer, text: Text, size: int) -> Draft:
-        """A tree of at most `size` nodes; the root alone is plain decoding."""
+        """A tree of at most `size` nodes."""
         if size == 1:
             proposer.skip()
-            if self._root is None:
-                self._root = Tree.chain(0).layout(text.tokens.device)
-            return Draft(text.last()[:, None], self._root)
+            return Draft(text.last()[:, None], self._alone(text.tokens.device))
         draft = proposer.propose(text, size)
         if draft.layout.size <= size:
             return draft

@@ -58,8 +58,8 @@ class TargetSampler:
         seen = tokens_seen(prompts, like) if shaping.penalizes else None
         return cls(shaping, Uniforms(seeds, like.device), own, seen, call)
 
-    def first(self, logits: Tensor) -> Tensor:
-        """The token behind each prompt, [B], from their logits [B, V]."""
+    def following(self, logits: Tensor) -> Tensor:
+        """The token that plain decoding takes next in each row, [B], from its logits [B, V]."""
         seen = None if self.times_seen is None else self.times_seen > 0
         uniform = self.plain_uniforms(self.new, 0)
         return choose(self.shaping.scores(logits, seen), self.shaping, uniform)
