@@ -8,18 +8,13 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
-from accelc.runtime.speculation.statistics import SpeculationStatistics
+from accelc.runtime.speculation.statistics import SpeculationStatistics, rates_table
 from accelc.runtime.speculation.tuning import Tuned
 
 
 def render_tuned(tuned: Tuned) -> Group:
     """The tree for a terminal: accuracies, and what its first nodes promise."""
-    rates = Table(title="right below an accepted path, by depth (down) and rank", title_justify="left")
-    rates.add_column("depth", justify="right")
-    for rank in range(max(map(len, tuned.accuracy))):
-        rates.add_column(str(rank), justify="right")
-    for depth, row in enumerate(tuned.accuracy):
-        rates.add_row(str(depth + 1), *(f"{a:.2f}" for a in row))
+    rates = rates_table("right below an accepted path, by depth (down) and rank", "depth", tuned.accuracy, first=1)
     sizes = Table(title="a step of the tree's first nodes", title_justify="left")
     for heading in ("nodes", "tokens expected", "ms measured", "tokens/s"):
         sizes.add_column(heading, justify="right")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from accelc.command.shared import DTYPE, MODEL, dtype_of, errors, named_errors
-
-if TYPE_CHECKING:
-    from accelc.heads.files import HeadsFile
 
 EXAMPLES = """Examples:
 
@@ -65,6 +62,7 @@ def train_heads(
         from accelc.heads.training import TrainSettings
         from accelc.heads.training import train_heads as train
         from accelc.ir.errors import InputError
+        from accelc.runtime.speculation.statistics import rates_table
 
         settings = TrainSettings(
             kind=kind, heads=heads, layers=layers, prefix=prefix, loss=loss, steps=steps, window=window, rows=rows,
@@ -81,21 +79,9 @@ def train_heads(
         with Bar() as progress:
             file = train(loaded, windows, settings, out, held_out=kept, restart=restart, progress=progress)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
-        Console().print(accuracy_table(file))
+        title = "right on held-out text, by head (down) and rank"
+        Console().print(rates_table(title, "head", file.accuracy))
         typer.echo(f"Written: {out}")
-
-
-def accuracy_table(file: HeadsFile) -> Any:
-    """How often the candidates of each head were what the model takes."""
-    from rich.table import Table
-
-    table = Table(title="right on held-out text, by head (down) and rank", title_justify="left")
-    table.add_column("head", justify="right")
-    for rank in range(max(map(len, file.accuracy))):
-        table.add_column(str(rank), justify="right")
-    for head, row in enumerate(file.accuracy):
-        table.add_row(str(head), *(f"{value:.2f}" for value in row))
-    return table
 
 
 def _said_by(model: Any, windows: Any, length: int, temperature: float, seed: int) -> Any:

@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accelc.heads.graph import Backbone
+from accelc.heads.graph import Backbone, refuse_without_table
 from accelc.heads.modules import MEDUSA, DraftHeads, HeadsConfig
 from accelc.ir.errors import CheckpointError, CheckpointFormatError, DraftError, InputError
 
 FORMAT = "accelc.draft_heads.1"
 PUBLISHED = "medusa_lm_head"
 """Name of the file in which the Medusa authors publish heads."""
+PUBLISHED_NAMES = ("linear.weight", "linear.bias", "weight")
 SAMPLES = 4096
 
 
@@ -59,14 +60,9 @@ class HeadsFile:
 
     def check(self, backbone: Backbone) -> None:
         """Raise DraftError unless the heads fit a model."""
+        refuse_without_table(self.config, backbone, self.source)
         wanted = {"hidden": backbone.hidden, "vocab_size": backbone.vocab_size}
         if self.config.sequential:
-            if backbone.embed is None:
-                raise DraftError(
-                    "hydra heads read the embeddings of guessed tokens, and this model has no table of them",
-                    where=self.source,
-                    remedy="Use medusa heads, which read the hidden states alone.",
-                )
             wanted["embedding"] = backbone.embedding
         for name, size in wanted.items():
             if getattr(self.config, name) != size:
@@ -140,12 +136,9 @@ def _filled(config: HeadsConfig, tensors: dict[str, Tensor], source: Path) -> Dr
     with torch.device("meta"):
         heads = DraftHeads(config)
     expected = heads.state_dict()
-    wrong = sorted(
-        {
-            *expected.keys() ^ tensors.keys(),
-            *(n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape),
-        }
-    )
+    shared = expected.keys() & tensors.keys()
+    others = {name for name in shared if expected[name].shape != tensors[name].shape}
+    wrong = sorted({*(expected.keys() ^ tensors.keys()), *others})
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} tensors are missing, unknown or of another shape, the first: {wrong[0]}", where=str(source)

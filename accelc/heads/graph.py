@@ -10,7 +10,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from accelc.exported import is_functional, plain_module
-from accelc.heads.modules import DraftHeads
+from accelc.heads.modules import DraftHeads, HeadsConfig
 from accelc.ir import Program
 from accelc.ir.errors import DraftError
 from accelc.ir.program import fetch, graph_module
@@ -85,11 +85,8 @@ def embedding_of(program: Program) -> Embedding | None:
     tokens = program.placeholders()[0]
     for node in tokens.users:
         tables = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        if (
-            tables
-            and node.all_input_nodes == [*tables, tokens]
-            and fetch(program.module, str(tables[0].target)).dim() == 2
-        ):
+        reads_nothing_else = node.all_input_nodes == [*tables, tokens]
+        if tables and reads_nothing_else and fetch(program.module, str(tables[0].target)).dim() == 2:
             return Embedding(program, node)
     return None
 
@@ -143,10 +140,11 @@ def device_of(heads: DraftHeads) -> torch.device:
     return next(heads.parameters()).device
 
 
-def refuse_without_table(backbone: Backbone, heads: DraftHeads) -> None:
+def refuse_without_table(config: HeadsConfig, backbone: Backbone, where: str = "") -> None:
     """Raise DraftError where heads read embeddings that the model does not have."""
-    if heads.config.sequential and backbone.embed is None:
+    if config.sequential and backbone.embed is None:
         raise DraftError(
             "hydra heads read the embeddings of guessed tokens, and this model has no table of them",
+            where=where,
             remedy="Use medusa heads, which read the hidden states alone.",
         )

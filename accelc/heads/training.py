@@ -181,8 +181,8 @@ def _new_heads(backbone: Backbone, settings: TrainSettings) -> DraftHeads:
         settings.kind, backbone.hidden, max(1, backbone.embedding), backbone.vocab_size,
         heads=settings.heads, layers=settings.layers, prefix=settings.prefix,
     )  # fmt: skip
+    refuse_without_table(config, backbone)
     heads = DraftHeads(config)
-    refuse_without_table(backbone, heads)
     if backbone.vocabulary is not None:
         heads.start_from(backbone.vocabulary)
     return heads

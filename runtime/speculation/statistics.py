@@ -86,15 +86,21 @@ class SpeculationStatistics:
 
     def table(self) -> Table:
         """How often the candidates of each depth and rank were right, for `rich.print`."""
-        table = Table(title="accepted below an accepted path, by depth (down) and rank", title_justify="left")
-        table.add_column("depth", justify="right")
-        ranks = max((len(row) for row in self.reached), default=0)
-        for rank in range(ranks):
-            table.add_column(str(rank), justify="right")
-        for depth, row in enumerate(self.accuracy):
-            known = [f"{a:.2f}" if self.reached[depth][r] else "" for r, a in enumerate(row)]
-            table.add_row(str(depth + 1), *known)
-        return table
+        rates = [
+            [rate if tried else None for rate, tried in zip(row, self.reached[depth])]
+            for depth, row in enumerate(self.accuracy)
+        ]
+        return rates_table("accepted below an accepted path, by depth (down) and rank", "depth", rates, first=1)
+
+
+def rates_table(title: str, what: str, rates: Sequence[Sequence[float | None]], *, first: int = 0) -> Table:
+    """Rates by rank, a row for each of what is numbered from `first` on; None is not known."""
+    table = Table(title=title, title_justify="left")
+    for name in (what, *map(str, range(max(map(len, rates), default=0)))):
+        table.add_column(name, justify="right")
+    for number, row in enumerate(rates, first):
+        table.add_row(str(number), *("" if rate is None else f"{rate:.2f}" for rate in row))
+    return table
 
 
 @dataclass
