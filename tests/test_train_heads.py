@@ -126,7 +126,7 @@ class CutOff(Exception):
 
 
 def test_a_training_goes_on_where_it_was(tmp_path: Path) -> None:
-    model, settings = FAMILIES["llama"].build(), replace(SMALL, accumulate=2)
+    model, settings = Counting(97), replace(SMALL, accumulate=2)
     train_heads(model, text(), settings, tmp_path / "whole.safetensors")
 
     def cut(step: int, _: int, __: float) -> None:
@@ -164,6 +164,7 @@ def command(saved: Path, folder: Path, out: str, *more: str) -> list[str]:
             "--steps", "12", "--heads", "2", "--precision", "no", "--save-every", "1", *more]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(saved: Path, tmp_path: Path) -> None:
     arguments = command(saved, tmp_path, "h.safetensors", "--steps", "400")
     run = [sys.executable, "-c", "from accelc.cli import main; main()", *arguments]
@@ -242,7 +243,7 @@ def test_settings_and_models_that_do_not_fit(tmp_path: Path) -> None:
     for options in wrong:
         with pytest.raises(InputError):
             replace(SMALL, **options)
-    model = FAMILIES["llama"].build()
+    model = Counting(97)
     with pytest.raises(InputError, match="windows"):
         train_heads(model, text(length=8), SMALL, tmp_path / "h")
     with pytest.raises(InputError, match="no file can be written"):
