@@ -29,6 +29,8 @@ class TapHidden(Pass):
     expected_matches = (1, 1)
 
     def run(self, program: Program) -> PassResult:
+        if HIDDEN in program.outputs:
+            raise PassError(f"{program.name!r} has the output {HIDDEN!r} already", remedy="Run tap_hidden once.")
         program = program.clone()
         hidden = projected(program.output_node("logits"))
         if hidden is None:

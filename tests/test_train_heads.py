@@ -169,19 +169,19 @@ def test_a_killed_training_goes_on(saved: Path, tmp_path: Path) -> None:
     arguments = command(saved, tmp_path, "h.safetensors", "--steps", "400")
     run = [sys.executable, "-c", "from accelc.cli import main; main()", *arguments]
     process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    step = tmp_path / "h.safetensors.training" / "state" / "step"
+    folder = tmp_path / "h.safetensors.training"
     deadline = time.monotonic() + 120
-    while not step.exists() and time.monotonic() < deadline:
+    while not list(folder.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "h.safetensors").exists()
-    assert step.exists()
+    assert list(folder.glob("step-*"))
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "right on held-out text" in result.output
     assert load_heads(tmp_path / "h.safetensors").config.heads == 2
-    assert not step.exists()
+    assert not folder.exists()
 
 
 def test_two_processes_train_as_one_with_twice_the_rows(saved: Path, tmp_path: Path) -> None:
@@ -248,6 +248,8 @@ def test_settings_and_models_that_do_not_fit(tmp_path: Path) -> None:
         train_heads(model, text(length=8), SMALL, tmp_path / "h")
     with pytest.raises(InputError, match="no file can be written"):
         train_heads(model, text(), SMALL, tmp_path / "none" / "h")
+    with pytest.raises(InputError, match="the loss is"):
+        train_heads(model, text(), replace(SMALL, rate=1e30), tmp_path / "loss")
     with pytest.raises(InputError, match="no window"):
         train_heads(model, text(1), SMALL, tmp_path / "h")
     with pytest.raises(DraftError, match="kind"):

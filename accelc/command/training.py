@@ -59,7 +59,7 @@ def train_heads(
     with named_errors():
         from accelc.compiler import load_model_for, load_tokenizer
         from accelc.heads.corpus import read_documents, windows_of
-        from accelc.heads.training import TrainSettings
+        from accelc.heads.training import TrainSettings, training_device
         from accelc.heads.training import train_heads as train
         from accelc.ir.errors import InputError
         from accelc.runtime.speculation.statistics import rates_table
@@ -74,6 +74,7 @@ def train_heads(
         windows = windows_of(tokenizer, read_documents(texts, text_key), window)
         kept = windows_of(tokenizer, read_documents(held_out, text_key), window) if held_out else None
         loaded, _ = load_model_for(model, None, dtype=dtype_of(dtype))
+        loaded.to(training_device())
         if distill:
             windows = _said_by(loaded, windows, window, temperature, seed)
         with Bar() as progress:

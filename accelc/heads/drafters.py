@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ WIDTH = 8
 """Children of a node in dynamic trees."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Heads(Drafter):
     kind: ClassVar[DraftKind] = DraftKind.DETERMINISTIC
     made: ClassVar[str]
@@ -63,11 +64,12 @@ class _Heads(Drafter):
 
 
 @register_drafter
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Medusa(_Heads):
     """Drafts from heads that read the last hidden state, each guessing one token further ahead (Cai et al. 2024).
 
-    * ``heads``: a file of `accelc train-heads`, or in the layout that the Medusa authors publish.
+    * ``heads``: a file of `accelc train-heads`, or in the layout that the Medusa authors publish; a decoder reads it
+      when it first drafts.
     * ``tree``: a `Tree` of at most as many levels as there are heads, by default the one that expects most by the
       accuracies in the file (without them Medusa's own); "dynamic" builds the tree of the likeliest paths at each step.
     * ``quantize``: keep the heads' weights in few bits: drafts may be worse, never the output.
@@ -78,7 +80,7 @@ class Medusa(_Heads):
 
 
 @register_drafter
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Hydra(_Heads):
     """Drafts from heads that also read the tokens guessed before theirs (Ankner et al. 2024); files whose heads stand
     behind a prefix layer are Hydra++. Options as for `Medusa`.
@@ -104,7 +106,9 @@ def _bound(
     compile_step, step = setting.compile, setting.step
     assert compile_step is not None
     assert step is not None
-    heads = file.heads.to(dtype=backbone.dtype, device=setting.device)
+    heads = file.heads
+    if any((p.dtype, p.device) != (backbone.dtype, setting.device) for p in heads.parameters()):
+        heads = copy.deepcopy(heads).to(dtype=backbone.dtype, device=setting.device)
     tree = None if asked == "dynamic" else asked or default_tree(file)
     width = min(WIDTH, backbone.vocab_size)
     if tree is not None and tree.depth > heads.config.heads:

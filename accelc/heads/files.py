@@ -24,7 +24,7 @@ PUBLISHED_NAMES = ("linear.weight", "linear.bias", "weight")
 SAMPLES = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadsFile:
     """Heads as they were trained.
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -32,7 +32,8 @@ Progress = Callable[[int, int, float], object]
 """progress(steps done, steps in all, loss)."""
 HELD_OUT = 0.05
 """Share of the windows that is kept from training."""
-SETTINGS, STATE = "settings.json", "state"
+SETTINGS, STEP, UNFINISHED = "settings.json", "step-", "unfinished"
+"""In the folder of checkpoints: what is trained, the state after so many steps, and one that is being written."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class TrainSettings:
     @property
     def teacher(self) -> bool:
         return self.prefix if self.loss is None else self.loss == "teacher"
+
+
+def training_device() -> torch.device:
+    """The GPU that this process of a training has for itself, or the CPU."""
+    return PartialState(cpu=not torch.cuda.is_available()).device
 
 
 class Trunk:
@@ -233,6 +239,11 @@ class _Run:
                 continue
             self.schedule.step()
             step = done + number // settings.accumulate
+            if not torch.isfinite(loss.detach()):
+                raise InputError(
+                    f"the loss is {loss.item()} at step {step}",
+                    remedy="Lower the learning rate; in half precision try bf16 or fp32.",
+                )
             if progress is not None and self.accelerator.is_main_process:
                 progress(step, settings.steps, loss.item())
             if step % settings.save_every == 0 and step < settings.steps:
@@ -241,13 +252,14 @@ class _Run:
 
     def _save(self, folder: Path, step: int) -> None:
         """A checkpoint that is there as a whole or not at all."""
-        new = folder / f"{STATE}.new"
+        new = folder / UNFINISHED
         self.accelerator.save_state(str(new))
         self.accelerator.wait_for_everyone()  # each process writes a file of its own
         if self.accelerator.is_main_process:
-            (new / "step").write_text(str(step))
-            shutil.rmtree(folder / STATE, ignore_errors=True)
-            new.rename(folder / STATE)
+            earlier = list(folder.glob(f"{STEP}*"))
+            new.rename(folder / f"{STEP}{step}")
+            for old in earlier:
+                shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
 
@@ -255,12 +267,11 @@ def _resume(folder: Path, run: _Run, identity: dict[str, object], restart: bool)
     """Steps done by an earlier training of the same kind, whose state is loaded. Raises InputError for another kind."""
     accelerator = run.accelerator
     if accelerator.is_main_process:
-        if restart:
+        if restart or not list(folder.glob(f"{STEP}*")):  # there is nothing to go on from
             shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        known = folder / SETTINGS
-        if not known.exists():
-            known.write_text(json.dumps(identity))
+            folder.mkdir()
+            (folder / SETTINGS).write_text(json.dumps(identity))
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     accelerator.wait_for_everyone()
     begun = json.loads((folder / SETTINGS).read_text())
     begun_as = {name: value for name, value in begun.items() if identity.get(name) != value}
@@ -270,7 +281,7 @@ def _resume(folder: Path, run: _Run, identity: dict[str, object], restart: bool)
             where=str(folder),
             remedy="Go on with its settings, or begin anew: --restart (restart=True).",
         )
-    if not (folder / STATE / "step").exists():
-        return 0
-    accelerator.load_state(str(folder / STATE))
-    return int((folder / STATE / "step").read_text())
+    done = max((int(path.name.removeprefix(STEP)) for path in folder.glob(f"{STEP}*")), default=0)
+    if done:
+        accelerator.load_state(str(folder / f"{STEP}{done}"))
+    return done

@@ -214,6 +214,17 @@ def test_heads_that_know_are_accepted_whole(kind: str, prefix: bool) -> None:
     assert result.statistics.steps == 10
 
 
+def test_a_drafter_of_a_file_is_bound_once(tmp_path: Path, backbone: Backbone) -> None:
+    decoder = accelc.compile(FAMILIES["llama"].build().bfloat16(), max_length=96, cache=False)
+    file = HeadsFile(random_heads(backbone, MEDUSA))
+    file.save(tmp_path / "h.safetensors")
+    for _ in range(2):
+        decoder.generate(PROMPTS, max_new_tokens=4, draft=accelc.Medusa(str(tmp_path / "h.safetensors"), SMALL))
+    assert len(decoder.speculator._sources) == 1
+    decoder.generate(PROMPTS, max_new_tokens=4, draft=accelc.Medusa(file, SMALL))
+    assert next(file.heads.parameters()).dtype == torch.float32, "the caller's heads stay as they are"
+
+
 def test_quantized_heads_draft_for_a_quantized_model(backbone: Backbone) -> None:
     decoder = accelc.compile(FAMILIES["llama"].build(), max_length=96, cache=False, quantize="int8")
     draft = drafter(HeadsFile(random_heads(backbone, HYDRA, prefix=True)), HYDRA, tree=SMALL, quantize="int8")
