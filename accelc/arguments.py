@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from accelc.ir import Exactness
@@ -15,6 +16,12 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise InputError unless a value is one of those that a `Literal` lists."""
     if value not in get_args(choices):
         raise InputError(f"{name} is {value!r}", remedy=f"Use one of: {', '.join(map(repr, get_args(choices)))}.")
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError where no file can be written, before the work that ends with it."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"no file can be written as {path}", remedy="Give a file in a folder that exists.")
 
 
 def check_types(

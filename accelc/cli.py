@@ -108,6 +108,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt with the model in a directory; the text streams to standard output."""
+    from accelc.arguments import check_output
     from accelc.compiler import check_draft
     from accelc.evaluate import read_texts
     from accelc.ir.errors import EmptyPromptError, InputError, PromptTooLongError
@@ -126,6 +127,8 @@ def generate(
         drafter = drafting.drafter_of(draft, draft_model, heads, tree)
         if statistics is not None and drafter is None:
             raise InputError("--statistics without a drafter", remedy="Give --draft, --draft-model or --heads.")
+        if statistics is not None:
+            check_output(statistics)
         check_draft(drafter, accept, accelc.Exactness.LOSSY)
         decoder = compiled(model, max_length, dtype, quantize, eager)
         if report:
@@ -218,6 +221,7 @@ def plan_quantize(
     """
     from rich.progress import Progress
 
+    from accelc.arguments import check_output
     from accelc.evaluate import read_texts
     from accelc.ir.errors import InputError
     from accelc.passes.quantize.budget import plan_quantization
@@ -231,8 +235,7 @@ def plan_quantize(
             raise InputError(f"--max-rise is {max_rise}", remedy="Give a rise above 0, such as 0.01 for one percent.")
         if max_bytes is not None and max_bytes <= 0:
             raise InputError(f"--max-bytes is {max_bytes:g}", remedy="Give the bytes that all weights may take.")
-        if not out.parent.is_dir() or out.is_dir():
-            raise InputError(f"no file can be written as {out}", remedy="Give --out a file in a folder that exists.")
+        check_output(out)
         text = read_texts(texts)
         decoder = compiled(model, length, dtype, None, eager=False)
         calibration = accelc.Calibration.of_text(encode(decoder.tokenizer, text), rows=rows, length=length)

@@ -31,7 +31,7 @@ from accelc.demo.corpus import read_corpus
 from accelc.demo.settings import Settings
 from accelc.demo.tokenizer import encode_files
 from accelc.demo.training import Trained, trained_model
-from accelc.heads.files import load_heads
+from accelc.heads.drafters import drafter_for
 from accelc.heads.training import TrainSettings, train_heads
 from accelc.runtime.speculation.draft import Drafter
 from accelc.runtime.speculation.trees import RECYCLING, Tree
@@ -122,11 +122,10 @@ def trained_drafters(trained: Trained, settings: Settings, console: Console) -> 
         if not path.exists():
             console.print(f"Training {title} heads: {wanted.steps} steps.")
             train_heads(trained.model, windows, wanted, path)
-        file = load_heads(path)
-        kind = accelc.Hydra if wanted.kind == "hydra" else accelc.Medusa
-        found[f"{title}, chain of {HEADS.heads}"] = kind(file, Tree.chain(HEADS.heads))
-        found[f"{title}, tree"] = kind(file)
-        found[f"{title}, dynamic tree"] = kind(file, "dynamic")
+        made = drafter_for(path)
+        found[f"{title}, chain of {HEADS.heads}"] = replace(made, tree=Tree.chain(HEADS.heads))
+        found[f"{title}, tree"] = made
+        found[f"{title}, dynamic tree"] = replace(made, tree="dynamic")
     found["second model, chain of 4"] = accelc.DraftModel(small_model(settings, console).model, tokens=4)
     return found
 

@@ -76,6 +76,7 @@ def test_generate_with_drafters(saved: Path) -> None:
         (["--draft", "prompt_lookup", "--tree", "dynamic"], "InputError"),
         (["--draft", "token_recycling", "--tree", "no-such-file"], "TreeError"),
         (["--statistics", "s.json"], "InputError"),
+        (["--draft", "prompt_lookup", "--statistics", "no-such-folder/s.json"], "InputError"),
     ],
 )
 def test_errors_are_named_without_a_traceback(saved: Path, arguments: list[str], name: str) -> None:

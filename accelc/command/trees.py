@@ -27,14 +27,13 @@ def tune_tree(
     out: Annotated[Path, typer.Option(help="Where the tree goes, as JSON.")] = Path("tree.json"),
 ) -> None:
     """Solve a draft tree from recorded statistics: the nodes that are accepted most often, as many as pay."""
-    from accelc.ir.errors import InputError
+    from accelc.arguments import check_output
     from accelc.runtime.speculation.statistics import SpeculationStatistics
     from accelc.runtime.speculation.tuning import tune_tree as solve
     from accelc.speculation_report import render_tuned
 
     with named_errors():
-        if not out.parent.is_dir() or out.is_dir():
-            raise InputError(f"no file can be written as {out}", remedy="Give --out a file in a folder that exists.")
+        check_output(out)
         tuned = solve([SpeculationStatistics.load(path) for path in statistics], nodes)
         tuned.tree.save(out)
     Console().print(render_tuned(tuned))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,6 +16,7 @@ from accelc.heads.drafting import DynamicDraft, FixedDraft
 from accelc.heads.files import HeadsFile, load_heads
 from accelc.heads.graph import Backbone, draft_program, hidden_program
 from accelc.heads.modules import HYDRA, MEDUSA
+from accelc.ir import Program
 from accelc.ir.errors import DraftError, TreeError
 from accelc.passes import Pipeline
 from accelc.passes.quantize_weights import QuantizeWeights, quantization
@@ -23,6 +25,7 @@ from accelc.runtime.speculation.draft import Drafter, DraftKind, Setting, Source
 from accelc.runtime.speculation.heads import Context, Drafting, HeadDrafts
 from accelc.runtime.speculation.trees import MEDUSA as PUBLISHED_TREE
 from accelc.runtime.speculation.trees import Tree, best_tree
+from accelc.runtime.steps import StepFunction
 
 NODES = 64
 """Of trees that are not given, the root included."""
@@ -60,7 +63,7 @@ class _Heads(Drafter):
                              remedy="Make it with accelc.compile.")  # fmt: skip
         backbone = Backbone.of(Pipeline([TapHidden()]).run(setting.step))
         file.check(backbone)
-        return _bound(file, backbone, self.tree, self.quantize, setting)
+        return _bound(file, backbone, self.tree, self.quantize, setting, setting.compile)
 
 
 @register_drafter
@@ -90,7 +93,7 @@ class Hydra(_Heads):
     made: ClassVar[str] = HYDRA
 
 
-def drafter_for(path: str | Path) -> Drafter:
+def drafter_for(path: str | Path) -> Medusa | Hydra:
     """The drafter for heads in a file, whatever their kind."""
     file = load_heads(path)
     return Hydra(file) if file.config.kind == HYDRA else Medusa(file)
@@ -102,10 +105,8 @@ def _bound(
     asked: Tree | Literal["dynamic"] | None,
     quantize: str | QuantizeWeights | None,
     setting: Setting,
+    compile_step: Callable[[Program], StepFunction],
 ) -> Source:
-    compile_step, step = setting.compile, setting.step
-    assert compile_step is not None
-    assert step is not None
     heads = file.heads
     if any((p.dtype, p.device) != (backbone.dtype, setting.device) for p in heads.parameters()):
         heads = copy.deepcopy(heads).to(dtype=backbone.dtype, device=setting.device)
@@ -114,8 +115,8 @@ def _bound(
     if tree is not None and tree.depth > heads.config.heads:
         raise TreeError(f"a tree of {tree.depth} levels for {heads.config.heads} heads",
                         remedy="Leave out the deeper nodes.")  # fmt: skip
-    if (tree.width if tree is not None else width) > backbone.vocab_size:
-        raise TreeError(f"a tree with {tree.width if tree else width} candidates for {backbone.vocab_size} tokens")
+    if tree is not None and tree.width > backbone.vocab_size:
+        raise TreeError(f"a tree with {tree.width} candidates for {backbone.vocab_size} tokens")
     size = tree.size if tree is not None else min(NODES, _reachable(width, heads.config.heads))
     base = hidden_program(heads, backbone, setting.max_length)
     smaller = Pipeline([quantizing]) if (quantizing := quantization(quantize)) is not None else None
@@ -135,8 +136,7 @@ def _bound(
 
     context = None
     if heads.prefix is not None:
-        capacity = setting.capacity
-        context = Context(compile_step(base), base.states, capacity, setting.max_length)
+        context = Context(compile_step(base), base.states, setting.capacity, setting.max_length)
     return HeadDrafts(drafting, (TapHidden(),), size=size, depth=heads.config.heads, context=context)
 
 
@@ -149,12 +149,4 @@ def default_tree(file: HeadsFile) -> Tree:
     """The tree that expects most by the heads' accuracies; without them Medusa's, as deep as the heads go."""
     if file.accuracy:
         return best_tree(file.accuracy, NODES - 1)
-    depths = PUBLISHED_TREE.depths
-    kept: list[int] = []
-    place: dict[int, int] = {}
-    for node in range(PUBLISHED_TREE.size):
-        if depths[node] <= file.config.heads:
-            place[node] = len(kept)
-            kept.append(node)
-    parents = tuple(-1 if PUBLISHED_TREE.parents[n] < 0 else place[PUBLISHED_TREE.parents[n]] for n in kept)
-    return Tree(parents, tuple(PUBLISHED_TREE.ranks[n] for n in kept))
+    return Tree.of_paths([path for path in PUBLISHED_TREE.paths() if len(path) <= file.config.heads])

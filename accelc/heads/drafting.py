@@ -41,30 +41,24 @@ class FixedDraft(_Draft):
             parents = [above.index(tree.parents[node]) for node in levels[depth]]
             self._index(f"above_{depth}", [levels[depth - 1].index(node) for node in above])
             self._index(f"parent_{depth}", parents)
-            self._index(f"rank_{depth}", [tree.ranks[node] for node in levels[depth]])
-            self._index(
-                f"choice_{depth}", [p * self.widths[depth] + tree.ranks[n] for p, n in zip(parents, levels[depth])]
-            )
+            # Heads that read no guesses give all parents the same candidates.
+            begins = [p * self.widths[depth] * heads.config.sequential for p in parents]
+            self._index(f"choice_{depth}", [begin + tree.ranks[n] for begin, n in zip(begins, levels[depth])])
 
     def _index(self, name: str, values: list[int]) -> None:
         self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def forward(self, hidden: Tensor, root: Tensor) -> tuple[Tensor, ...]:
-        tokens, levels = root, [root]
+        tokens, levels, read = root, [root], hidden
         paths: list[Tensor] = []  # embeddings [B, nodes, E] of each depth on the way to the nodes of the last level
         for depth in range(1, self.tree.depth + 1):
-            above, parent, rank, choice = (
-                getattr(self, f"{name}_{depth}") for name in ("above", "parent", "rank", "choice")
-            )
+            above, parent, choice = (getattr(self, f"{name}_{depth}") for name in ("above", "parent", "choice"))
             if self.heads.config.sequential:
                 paths = [path.index_select(1, above) for path in (*paths, self._embedded(tokens))]
                 read = hidden.expand(-1, len(above), -1)
-                best = torch.ops.accelc.top_k(self.heads.score(depth - 1, read, paths), self.widths[depth])
-                tokens = best.flatten(1).index_select(1, choice)
-                paths = [path.index_select(1, parent) for path in paths]
-            else:
-                best = torch.ops.accelc.top_k(self.heads.score(depth - 1, hidden, ()), self.widths[depth])
-                tokens = best.flatten(1).index_select(1, rank)
+            best = torch.ops.accelc.top_k(self.heads.score(depth - 1, read, paths), self.widths[depth])
+            tokens = best.flatten(1).index_select(1, choice)
+            paths = [path.index_select(1, parent) for path in paths]
             levels.append(tokens)
         return (torch.cat(levels, dim=1).index_select(1, self.place),)
 
@@ -85,7 +79,7 @@ class DynamicDraft(_Draft):
         self.nodes, self.depth = nodes, min(heads.config.heads, nodes - 1)
 
     def forward(self, hidden: Tensor, root: Tensor) -> tuple[Tensor, ...]:
-        k = self.width
+        k, read = self.width, hidden
         frontier, likely = root, torch.zeros_like(hidden[:, :, 0], dtype=torch.float32)  # [B, F]
         place = torch.zeros_like(root)  # of the frontier, among all nodes
         all_tokens, all_likely, all_parents = [root], [likely], [place - 1]
@@ -94,10 +88,8 @@ class DynamicDraft(_Draft):
         for depth in range(1, self.depth + 1):
             width = frontier.shape[1]
             if self.heads.config.sequential:
-                paths = [*paths, self._embedded(frontier)]
-                scores = self.heads.score(depth - 1, hidden.expand(-1, width, -1), paths).float()
-            else:
-                scores = self.heads.score(depth - 1, hidden, ()).float().expand(-1, width, -1)
+                paths, read = [*paths, self._embedded(frontier)], hidden.expand(-1, width, -1)
+            scores = self.heads.score(depth - 1, read, paths).float().expand(-1, width, -1)
             best = torch.ops.accelc.top_k(scores, k)  # [B, F, K]
             gained = scores.gather(2, best) - scores.logsumexp(-1, keepdim=True)
             grown = (likely[..., None] + gained.clamp(max=0)).flatten(1)  # [B, F * K]

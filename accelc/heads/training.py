@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from accelc.arguments import check_output
 from accelc.capture import capture
 from accelc.heads.corpus import digest_of
 from accelc.heads.files import HeadsFile, digest
@@ -129,8 +130,7 @@ def train_heads(
     Raises InputError, DraftError, and CaptureError for what cannot be captured.
     """
     out = Path(out)
-    if not out.parent.is_dir() or out.is_dir():
-        raise InputError(f"no file can be written as {out}", remedy="Give a file in a folder that exists.")
+    check_output(out)
     if windows.dim() != 2 or windows.shape[1] != settings.window:
         raise InputError(f"windows {list(windows.shape)} for a window of {settings.window} tokens")
     if held_out is None:

@@ -78,10 +78,7 @@ class _FromLast(Proposer):
 
     def read(self, hidden: Tensor, valid: Tensor) -> None:
         """A chunk of the prompts [B, N, H], of which row b has valid[b] tokens."""
-        ends = at_node(hidden, (valid - 1).clamp(min=0))[:, None]
-        if len(self.hidden):  # a row that has ended keeps what it had
-            ends = torch.where((valid > 0)[:, None, None], ends, self.hidden)
-        self.hidden, self.last = ends, torch.zeros_like(valid)
+        self.hidden, self.last = ends_of(hidden, valid, self.hidden), torch.zeros_like(valid)
 
     def propose(self, text: Text, nodes: int) -> Draft:
         drafting = self.source.drafting(nodes)
@@ -111,11 +108,8 @@ class _FromContext(Proposer):
         """A chunk of the prompts [B, N, H], of which row b has valid[b] tokens."""
         self.context.run(hidden, self._positions(self.seen, hidden), self.seen, *self.states)
         self.seen = self.seen + valid
-        ends = at_node(hidden, (valid - 1).clamp(min=0))[:, None]
-        if self.waiting:
-            ends = torch.where((valid > 0)[:, None, None], ends, self.hidden)
         # The last token of each prompt is run over once more, by the first draft.
-        self.hidden, self.counts, self.waiting = ends, torch.ones_like(valid), True
+        self.hidden, self.counts, self.waiting = ends_of(hidden, valid, self.hidden), torch.ones_like(valid), True
 
     def propose(self, text: Text, nodes: int) -> Draft:
         drafting, before = self.source.drafting(nodes), self._before()
@@ -139,6 +133,14 @@ class _FromContext(Proposer):
     def _positions(self, before: Tensor, hidden: Tensor) -> Tensor:
         places = before[:, None] + torch.arange(hidden.shape[1], device=before.device)
         return places.clamp(max=self.context.max_length - 1)
+
+
+def ends_of(hidden: Tensor, valid: Tensor, before: Tensor) -> Tensor:
+    """The hidden state [B, 1, H] of each row's last token so far, from a chunk [B, N, H] of which row b has valid[b]
+    tokens; a row that has ended keeps the one of the chunks before, which is empty at the first.
+    """
+    ends = at_node(hidden, (valid - 1).clamp(min=0))[:, None]
+    return torch.where((valid > 0)[:, None, None], ends, before) if len(before) else ends
 
 
 def draft_of(drafting: Drafting, results: tuple[Tensor, ...]) -> Draft:
