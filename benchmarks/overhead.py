@@ -1,10 +1,11 @@
-"""Framework overhead of a decoding step: everything but the compiled kernels.
+"""Framework overhead of a decoding step, with drafts or without: everything but the compiled kernels.
 
 The kernels are entered through one function of the native library; a clock around it gives, step by step, the time
 inside and the time between. A second run under cProfile names the Python functions that the rest is spent in.
 """
 
 import cProfile
+import functools
 import itertools
 import pstats
 import time
@@ -18,12 +19,14 @@ import accelc
 from accelc.codegen import Options, native
 from accelc.demo.settings import Settings
 from accelc.demo.training import model_config
+from accelc.runtime.speculation.trees import RECYCLING
 
 
 @dataclass(frozen=True)
 class Overhead:
     """Microseconds a batch-1 decoding step, medians over `steps` steps."""
 
+    what: str
     steps: int
     step: float
     kernels: float
@@ -33,7 +36,7 @@ class Overhead:
     def text(self) -> str:
         """A few lines for a terminal."""
         lines = [
-            f"A step of the demo's model: {self.step:.0f} us, kernels {self.kernels:.0f} us, "
+            f"A {self.what} of the demo's model: {self.step:.0f} us, kernels {self.kernels:.0f} us, "
             f"overhead {self.overhead:.1f} us (medians of {self.steps} steps). Of the overhead, under a profiler:"
         ]
         return "\n".join(lines + [f"  {share:4.0%}  {name}" for name, share in self.profile])
@@ -46,38 +49,54 @@ def measure_demo_model(new_tokens: int = 200) -> Overhead:
     return measure(model, torch.randint(model.config.vocab_size, (1, 16)), new_tokens)
 
 
-def measure(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> Overhead:
-    """Decode `new_tokens` after `prompt` [1, T] with `accelc.compile(model)` and take the steps apart."""
+def measure(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, what: str = "step", **options) -> Overhead:
+    """Decode `new_tokens` after `prompt` [1, T] with `accelc.compile(model)` and take the steps apart. options: of
+    `generate`, for steps with drafts, of which each must be of the same size.
+    """
     library = native.library(Options().march).kernels  # the very object that compiled steps use
-    run = library.accelc_plan_run
+    inside = library.accelc_plan_run
     calls: list[tuple[float, float]] = []
 
     def clocked(*arguments: object) -> int:
         begin = time.perf_counter()
-        status = run(*arguments)
+        status = inside(*arguments)
         calls.append((begin, time.perf_counter()))
         return status
 
     library.accelc_plan_run = clocked  # before compilation: compiled steps keep a reference
     try:
         decoder = accelc.compile(model, max_length=prompt.shape[1] + new_tokens)
-        decoder.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True)
+        run = functools.partial(decoder.generate, prompt, ignore_eos=True, **options)
+        for _ in range(2):
+            run(max_new_tokens=new_tokens)
         calls.clear()
-        decoder.generate(prompt, max_new_tokens=1, ignore_eos=True)
-        prefill_calls = len(calls)
+        run(max_new_tokens=1)
+        before = len(calls) + bool(options)  # a first call tells the drafter about the first token
         calls.clear()
-        decoder.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True)
-        steps = per_step(calls[prefill_calls:], new_tokens - 1)
+        statistics = run(max_new_tokens=new_tokens).statistics
+        steps = per_step(calls[before:], statistics.steps)
         profiler = cProfile.Profile()
-        profiler.runcall(decoder.generate, prompt, max_new_tokens=new_tokens, ignore_eos=True)
+        profiler.runcall(run, max_new_tokens=new_tokens)
     finally:
-        library.accelc_plan_run = run
+        library.accelc_plan_run = inside
     return Overhead(
+        what=what,
         steps=len(steps),
         step=median(whole for whole, _ in steps) * 1e6,
         kernels=median(inside for _, inside in steps) * 1e6,
         overhead=median(whole - inside for whole, inside in steps) * 1e6,
         profile=_shares(profiler),
+    )
+
+
+def measure_speculation(new_tokens: int = 200) -> Overhead:
+    """The same of a step that drafts, verifies and keeps a path of a tree of 8 nodes."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(model_config(Settings(), end_token=0)).eval()
+    prompt = torch.randint(model.config.vocab_size, (1, 16))
+    tree = RECYCLING.cut(8)
+    return measure(
+        model, prompt, new_tokens, "speculative step", draft=accelc.TokenRecycling(tree), draft_nodes=tree.size
     )
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from environment import write_results
+from overhead import Overhead, measure_speculation
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,7 +35,9 @@ from accelc.demo.training import Trained, trained_model
 from accelc.heads.drafters import drafter_for
 from accelc.heads.training import TrainSettings, train_heads
 from accelc.runtime.speculation.draft import Drafter
+from accelc.runtime.speculation.statistics import SpeculationStatistics
 from accelc.runtime.speculation.trees import RECYCLING, Tree
+from accelc.runtime.speculation.tuning import merged_accuracy
 
 RESULTS = Path(__file__).parent / "results"
 DRAFTERS: dict[str, Drafter] = {
@@ -69,6 +72,8 @@ class Row:
     accepted: list[float] = field(default_factory=list)
     step_us: dict[str, float] = field(default_factory=dict)
     """Of one speculative step, by part: the last turn's mean."""
+    accuracy: list[list[float]] = field(default_factory=list)
+    """By depth and rank, over all turns: how often a candidate below an accepted path was right."""
 
     @property
     def rate(self) -> float:
@@ -105,9 +110,11 @@ def main(
         for row, run in zip(rows, runs, strict=True):
             turn(row, run, texts, new_tokens)
     curve = step_times(decoder, texts[0])
+    overhead = measure_speculation()
+    console.print(overhead.text())
     console.print(render(rows))
     console.print("Step time by nodes (ms): " + ", ".join(f"{n}: {t * 1e3:.2f}" for n, t in curve.items()))
-    write(rows, curve, out, console, trained)
+    write(rows, curve, overhead, out, console, trained)
 
 
 def trained_drafters(trained: Trained, settings: Settings, console: Console) -> dict[str, Drafter]:
@@ -161,16 +168,20 @@ def ways(
 
 def ours(decoder: accelc.CompiledDecoder, temperature: float, draft: Drafter | bool) -> Run:
     sampling = accelc.SamplingParams(temperature=temperature)
+    recorded: list[SpeculationStatistics] = []
 
     def run(prompts: list[torch.Tensor], new: int) -> tuple[int, float, float]:
         result = decoder.generate(
             prompts, max_new_tokens=new, ignore_eos=True, sampling=sampling, seed=0, draft=draft
         ).statistics
         found = result.speculation
+        if found is not None:
+            recorded.append(found)
         length = found.mean_accepted_length if found else 1.0
         run.seconds = {} if found is None else {p: s / result.steps * 1e6 for p, s in found.seconds.items()}  # type: ignore[attr-defined]
         return result.new_tokens - result.batch, result.total_seconds - result.first_token_seconds, length
 
+    run.recorded = recorded  # type: ignore[attr-defined]
     return run
 
 
@@ -210,6 +221,8 @@ def turn(row: Row, run: Run, texts: list[torch.Tensor], new_tokens: int) -> None
     row.rates.append(sum(f[0] for f in found) / sum(f[1] for f in found))
     row.accepted.append(mean(f[2] for f in found))
     row.step_us = getattr(run, "seconds", {})
+    if recorded := getattr(run, "recorded", []):
+        row.accuracy = merged_accuracy(recorded)
 
 
 def step_times(decoder: accelc.CompiledDecoder, prompt: torch.Tensor, repeats: int = 30) -> dict[int, float]:
@@ -256,12 +269,17 @@ def render(rows: list[Row]) -> Table:
     return table
 
 
-def write(rows: list[Row], curve: dict[int, float], out: Path, console: Console, trained: Trained) -> None:
+def write(
+    rows: list[Row], curve: dict[int, float], overhead: Overhead, out: Path, console: Console, trained: Trained
+) -> None:
     lines = [f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
     lines += [f"| {' | '.join(figures(row, rows))} |" for row in rows]
     lines += ["", "Step time by nodes (ms): " + ", ".join(f"{n}: {t * 1e3:.2f}" for n, t in curve.items())]
+    lines += ["", "```", overhead.text(), "```"]
     found = [asdict(row) for row in rows]
-    path = write_results(out, "speculation", lines, model=trained.record, rows=found, step_seconds=curve)
+    path = write_results(
+        out, "speculation", lines, model=trained.record, rows=found, step_seconds=curve, overhead=asdict(overhead)
+    )
     console.print(f"Written: {path} and .md next to it", soft_wrap=True)
 
 

@@ -225,7 +225,8 @@ class Decoder:
         )
 
     def _session(self, batch: int) -> Session:
-        return Session(self.steps, self._pool, self._lock, self.input_vocab_size, batch, self._before_call)
+        return Session(self.steps, self._pool, self._lock, self.input_vocab_size, batch, self._before_call,
+                       self.speculator.call)  # fmt: skip
 
     def _prepare(
         self,

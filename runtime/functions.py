@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 TensorFunction: TypeAlias = Callable[..., tuple[Tensor, ...]]
@@ -15,24 +17,70 @@ Compile: TypeAlias = Callable[[TensorFunction, Sequence[Tensor]], TensorFunction
 """compile(function, examples): the function for tensors of these sizes and dtypes."""
 
 KEPT = 64
-"""Compiled functions that a decoder keeps, each for one set of sizes."""
+"""Compiled functions that a decoder keeps, each for one set of sizes; and bound ones, each for one set of tensors."""
+
+
+def bound(step: Any, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """A step with tensors that it reads and writes in place at each call; what a call returns, the next overwrites."""
+    return step.bind(*inputs) if hasattr(step, "bind") else functools.partial(step, *inputs)
+
+
+def put(buffer: Tensor, value: Tensor) -> None:
+    """In a tensor function: write value [B, N] int64 into a buffer of its shape that was an input."""
+    begin = value[:, 0] - value[:, 0]  # zeros, for which there is a kernel
+    torch.ops.accelc.cache_update(buffer, value, begin, 1)
 
 
 class Functions:
-    """Calls tensor functions: compiled for the sizes they are called with, as written without a compiler."""
+    """Calls tensor functions: compiled for the sizes they are called with, as written without a compiler.
+
+    What is called with the same tensors again is bound to them: it no longer looks at them, and what a call returns,
+    the next one with these tensors overwrites. `release` ends that.
+    """
 
     def __init__(self, compile_function: Compile | None = None) -> None:
         self._compile = compile_function
         self._known: OrderedDict[tuple[Any, ...], TensorFunction] = OrderedDict()
+        self._last: dict[Any, tuple[Tensor, ...]] = {}
+        """What a function was called with last."""
+        self._bound: OrderedDict[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]] = OrderedDict()
+        """By function and identities of tensors, which the bound call holds."""
 
     def __call__(self, function: TensorFunction, *inputs: Tensor) -> tuple[Tensor, ...]:
         """function(*inputs). The function is told from others by its identity: make partial ones once."""
+        if again := self._bound.get((function, *map(id, inputs))):
+            return again()
         if self._compile is None:
             return function(*inputs)
+        return self._run(function, self._compiled(function, self._compile, inputs), inputs)
+
+    def step(self, step: TensorFunction, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """step(*inputs) of something that is compiled already."""
+        again = self._bound.get((step, *map(id, inputs)))
+        return again() if again else self._run(step, step, inputs)
+
+    def release(self) -> None:
+        """Let go of all tensors."""
+        self._last.clear()
+        self._bound.clear()
+
+    def _compiled(self, function: TensorFunction, compiler: Compile, inputs: tuple[Tensor, ...]) -> TensorFunction:
         key = (function, *[tensor.shape for tensor in inputs])
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._compile(function, inputs)
+            found = self._known[key] = compiler(function, inputs)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
-        return found(*[tensor.contiguous() for tensor in inputs])
+        return found
+
+    def _run(self, name: object, step: TensorFunction, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        last = self._last.get(name, ())
+        self._last[name] = inputs
+        if len(last) != len(inputs) or any(a is not b for a, b in zip(last, inputs)):
+            return step(*[tensor.contiguous() for tensor in inputs])
+        if not all(tensor.is_contiguous() for tensor in inputs):
+            return step(*[tensor.contiguous() for tensor in inputs])
+        call = self._bound[(name, *map(id, inputs))] = bound(step, *inputs)
+        if len(self._bound) > KEPT:
+            self._bound.popitem(last=False)
+        return call()

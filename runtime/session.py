@@ -9,12 +9,11 @@ session.close()                                # gives its states back for the n
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from accelc.ir.errors import (
     SessionClosedError,
 )
 from accelc.runtime.arguments import integers
+from accelc.runtime.functions import Functions, bound
 from accelc.runtime.prompts import check_range, split_rows
 from accelc.runtime.steps import StatePool, Steps
 
@@ -44,9 +44,13 @@ def round_up(tokens: int, chunk: int) -> int:
     return min(width, chunk)
 
 
-def bound(step: Any, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """A step with tensors that it reads and writes in place at each call; what a call returns, the next overwrites."""
-    return step.bind(*inputs) if hasattr(step, "bind") else functools.partial(step, *inputs)
+def placed(tokens: Tensor, depths: Tensor, words: Tensor, lengths: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+    """Trees of tokens [B, N] behind lengths [B], depths and words [B or 1, N, ...], as a step takes them: ids [B, N],
+    positions [B, N] up to `last` (of no dim), words [B, N, W].
+    """
+    positions = lengths[:, None] + depths
+    positions = torch.where(positions > last, last, positions)
+    return tokens.clamp(min=0), positions, words.expand(len(tokens), -1, -1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,11 @@ class Session:
         input_vocab_size: int | None,
         batch: int,
         before_call: Callable[[], None] | None = None,
+        call: Functions | None = None,
     ) -> None:
         self.steps = steps
         self.batch = batch
+        self._call = call or Functions()
         self._pool, self._lock, self._before_call = pool, lock, before_call
         self.input_vocab_size = input_vocab_size
         self._lease: tuple[Tensor, ...] | None = pool.take(batch)
@@ -91,6 +97,7 @@ class Session:
             # A flat view, and 1 for each row that still generates: what the hot loop writes.
             self._token_row = self._tokens.view(batch)
             self._advance = torch.ones(batch, dtype=torch.int64, device=device)
+            self._last_position = torch.tensor(steps.max_length - 1, device=device)
             # On the host numpy writes the same memory, at a fraction of what a torch operation takes.
             views = self._token_row, self.lengths, self._advance
             self._host = tuple(t.numpy() for t in views) if device.type == "cpu" else None
@@ -100,7 +107,6 @@ class Session:
         self._passes: tuple[object, ...] = ()
         self.taps: tuple[Tensor, ...] = ()
         """What the last `verify` returned besides logits, [B, N, ...] each; the next overwrites it."""
-        self._trees: dict[tuple[str, int], tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
         self.logits: Tensor = torch.empty(0)
         """[B, V]: the logits after the last token of each row; empty after a `rollback`, until tokens are appended."""
 
@@ -177,48 +183,31 @@ class Session:
         """Run a tree of new tokens [B, N] behind the committed ones, committing nothing: logits [B, N, V].
 
         depths [B, N] and words [B, N, W] may be the same for all rows ([1, ...]); negative tokens are none, and what is
-        computed for them means nothing.
+        computed for them means nothing. What is returned, the next call may overwrite.
         """
-        n, w = words.shape[1:]
-        call, (ids, positions, tree) = self._tree_step("verify", n, [(n,), (n,), (n, w)])
-        torch.clamp(tokens, min=0, out=ids)
-        torch.add(self.lengths[:, None], depths, out=positions).clamp_(max=self.steps.max_length - 1)
-        tree.copy_(words)
-        logits, *taps = call()
+        assert self.steps.trees is not None
+        run = self.steps.trees(self._passes).verify
+        ids, positions, tree = self._call(placed, tokens, depths, words, self.lengths, self._last_position)
+        logits, *taps = self._call.step(run, ids, positions, self.lengths, tree, *self._states)
         self.taps = tuple(taps)
         return logits
 
-    def commit(self, path: Tensor, counts: Tensor) -> Tensor:
-        """Keep the first counts[b] nodes of path [B, K] of the tree that was verified last; returns the counts [B], 0
-        for rows that have been retired.
-        """
+    def commit(self, path: Tensor, counts: Tensor) -> None:
+        """Keep the first counts[b] nodes of path [B, K] of the tree that was verified last."""
         if path.shape[1] == 1:  # the root stands where it belongs
-            kept = counts * self._advance
-            self.lengths.add_(kept)
-            return kept
-        call, (nodes, kept) = self._tree_step("commit", path.shape[1], [path.shape[1:], ()])
-        nodes.copy_(path)
-        torch.mul(counts, self._advance, out=kept)
-        self.lengths.copy_(call()[0])
-        return kept
-
-    def _tree_step(
-        self, name: str, size: int, shapes: Sequence[Sequence[int]]
-    ) -> tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        """A step of `TreeSteps` bound to buffers of these shapes, and the buffers [B, ...]."""
-        if (name, size) not in self._trees:
-            assert self.steps.trees is not None
-            like = self.lengths
-            with torch.inference_mode(False):
-                buffers = tuple(like.new_zeros(self.batch, *shape) for shape in shapes)
-            # In verify, lengths stand between positions and the tree.
-            inputs = (*buffers[:2], self.lengths, *buffers[2:], *self._states)
-            self._trees[name, size] = bound(getattr(self.steps.trees(self._passes), name), *inputs), buffers
-        return self._trees[name, size]
+            self.lengths.add_(counts)
+            return
+        assert self.steps.trees is not None
+        run = self.steps.trees(self._passes).commit
+        (lengths,) = self._call.step(run, path, counts, self.lengths, *self._states)
+        if self._host is None:
+            self.lengths.copy_(lengths)
+        else:
+            self._host[1][:] = lengths.numpy()
 
     @property
-    def generating(self) -> Tensor:
-        """[B] int64: 1 for each row that has not been retired, else 0."""
+    def active(self) -> Tensor:
+        """[B] int64: 1 for each row that has not been retired, else 0; a live buffer."""
         return self._advance
 
     def retire(self, rows: Sequence[int]) -> None:
@@ -227,7 +216,7 @@ class Session:
 
     def synchronize(self) -> None:
         """Wait for the device, so that the host's clock means something."""
-        if self.steps.device.type == "cuda":
+        if self._host is None and self.steps.device.type == "cuda":
             torch.cuda.synchronize(self.steps.device)
 
     def _last_logits(self, tokens: Tensor, valid: Tensor) -> Tensor:
@@ -336,7 +325,8 @@ class Session:
         with self._lock:
             if self._lease is not None and not discard:
                 self._pool.give(self._lease)
-            self._lease, self._states, self._decode, self._trees = None, (), None, {}
+            self._lease, self._states, self._decode = None, (), None
+            self._call.release()
 
     def __enter__(self) -> Session:
         return self

@@ -7,18 +7,13 @@ import torch
 from draft_trees import check_trees
 from families import FAMILIES, Expect, names
 from greedy import parting, reference
+from random_heads import heads_of
 
 import accelc
-from accelc.heads.files import HeadsFile
-from accelc.heads.graph import Backbone
-from accelc.heads.modules import HYDRA, MEDUSA, DraftHeads, HeadsConfig
 from accelc.ir.errors import AccelcError, NoLogitsError
-from accelc.passes import Pipeline
-from accelc.passes.tap_hidden import TapHidden
-from accelc.runtime.speculation.draft import Drafter
 from accelc.runtime.speculation.prompt_lookup import PromptLookup
 from accelc.runtime.speculation.token_recycling import TokenRecycling
-from accelc.runtime.speculation.trees import RECYCLING, Tree
+from accelc.runtime.speculation.trees import RECYCLING
 
 NEW_TOKENS = 128
 WITH_HEADS = ("llama", "gpt2", "deepseek_v3", "gemma3", "einsum_attention")
@@ -46,19 +41,6 @@ def test_greedy_tokens_stay_with_heads(name: str) -> None:
         for row, got in zip(rows, fast.tokens, strict=True):
             where = parting(family.build(), prompts[row], plain.tokens[row].tolist(), got.tolist())
             assert where is None or where.is_tie, f"row {row}: {where}"
-
-
-def heads_of(decoder: accelc.CompiledDecoder) -> Drafter:
-    """Heads with random weights behind a prefix layer: right by chance, where the vocabulary is small. Hydra's, where
-    the model has a table of tokens.
-    """
-    backbone = Backbone.of(Pipeline([TapHidden()]).run(decoder.programs["step"]))
-    kind = MEDUSA if backbone.embed is None else HYDRA
-    torch.manual_seed(0)
-    sizes = {"hidden": backbone.hidden, "embedding": max(1, backbone.embedding), "vocab_size": backbone.vocab_size}
-    heads = DraftHeads(HeadsConfig(kind, **sizes, heads=2, prefix=backbone.hidden % 2 == 0))
-    tree = Tree.of_paths([(0,), (1,), (2,), (0, 0), (1, 0), (0, 1)])
-    return (accelc.Hydra if kind == HYDRA else accelc.Medusa)(HeadsFile(heads.eval()), tree)
 
 
 @pytest.mark.parametrize("name", names(Expect.DERIVED))

@@ -137,7 +137,8 @@ def _bound(
     context = None
     if heads.prefix is not None:
         context = Context(compile_step(base), base.states, setting.capacity, setting.max_length)
-    return HeadDrafts(drafting, (TapHidden(),), size=size, depth=heads.config.heads, context=context)
+    depth = heads.config.heads
+    return HeadDrafts(drafting, (TapHidden(),), size=size, depth=depth, context=context, call=setting.call)
 
 
 def _reachable(width: int, depth: int) -> int:

@@ -47,7 +47,7 @@ class AcceptanceRule(ABC):
         draft, layout = target.draft, target.draft.layout
         node, path, counts = last_kept(hits, layout.depths, layout.paths, worth)
         tokens = new_tokens(draft.tokens, path, counts, successor(node))
-        return Accepted(node, path, counts, tokens)
+        return Accepted(node, path, counts * target.active, tokens)
 
 
 def last_kept(
@@ -130,7 +130,7 @@ class Matching(AcceptanceRule):
     def accept(self, target: Target) -> Accepted:
         """As one tensor function: what it takes counts in every step of every decoder."""
         draft, layout = target.draft, target.draft.layout
-        given = (draft.tokens, layout.parents, layout.depths, layout.paths)
+        given = (draft.tokens, layout.parents, layout.depths, layout.paths, target.active)
         if target.plain_greedy:
             return Accepted(*target.call(keep_likeliest, target.logits, *given))
         return Accepted(*target.call(keep_matching, target.chosen, *given))
@@ -142,21 +142,22 @@ def matches(chosen: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:
 
 
 def keep_matching(
-    chosen: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, paths: Tensor
+    chosen: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, paths: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Accepted` for chosen [B, N] and a draft's tokens [B, N] and layout."""
+    """The fields of `Accepted` for chosen [B, N], a draft's tokens [B, N] and layout, and `Target.active` [B]."""
     node, path, counts = last_kept(matches(chosen, tokens, parents), depths, paths)
-    return node, path, counts, new_tokens(tokens, path, counts, chosen.gather(1, node[:, None]).squeeze(1))
+    behind = chosen.gather(1, node[:, None]).squeeze(1)
+    return node, path, counts * active, new_tokens(tokens, path, counts, behind)
 
 
 def keep_likeliest(
-    logits: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, paths: Tensor
+    logits: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, paths: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same where the largest of logits [B, N, V] is chosen; -1 where that is no number."""
     best = torch.ops.accelc.top_k(logits, 1)
     value = logits.gather(2, best)
     chosen = torch.where(value - value == 0, best, -1).squeeze(2)
-    return keep_matching(chosen, tokens, parents, depths, paths)
+    return keep_matching(chosen, tokens, parents, depths, paths, active)
 
 
 @register_rule

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir import Program
-from accelc.runtime.functions import Functions
+from accelc.runtime.functions import Functions, put
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.registry import Registry
 from accelc.runtime.speculation.trees import Layout
@@ -43,7 +43,7 @@ class DraftKind(StrEnum):
 @dataclass(frozen=True)
 class Draft:
     """A tree of tokens [B, N] for verification; ``tokens[:, 0]`` is the last known token of each row. Its tensors stay
-    as they are: statistics are made of them later.
+    as they are until the next proposal.
     """
 
     tokens: Tensor
@@ -53,12 +53,18 @@ class Draft:
     probabilities: Tensor | None = None
     """[B, N, V] float: the distribution that a node's children were drawn from; None for deterministic drafts."""
 
-    def cut(self, layout: Layout) -> Draft:
+    def cut(self, layout: Layout, call: Functions) -> Draft:
         """The first nodes, as many as a layout that was cut from this one's has."""
         if layout.size == self.layout.size:
             return self
+        (tokens,) = call(first_nodes, self.tokens, layout.depths)
         proposed = None if self.probabilities is None else self.probabilities[:, : layout.size]
-        return Draft(self.tokens[:, : layout.size].contiguous(), layout, self.kind, proposed)
+        return Draft(tokens, layout, self.kind, proposed)
+
+
+def first_nodes(tokens: Tensor, depths: Tensor) -> tuple[Tensor]:
+    """The tokens of as many nodes as have depths."""
+    return (tokens[:, : depths.shape[1]].clone(),)
 
 
 @dataclass(frozen=True)
@@ -70,30 +76,46 @@ class Accepted:
     path: Tensor
     """[B, D + 1] int64: its nodes in order, then each place's own number."""
     counts: Tensor
-    """[B] int64: nodes of the path, the root included; as many tokens are new, the one behind the path included."""
+    """[B] int64: nodes of the path, the root included; as many tokens are new, the one behind the path included. 0 for
+    rows that have ended.
+    """
     tokens: Tensor
     """[B, D + 1] int64: the new tokens, of which the first counts[b] count; -1 where logits are not finite."""
 
 
 @dataclass
 class Text:
-    """The known tokens of all rows, on the device: prompts and output, the root of the next tree at the end."""
+    """The known tokens of all rows, on the device: prompts and output, the root of the next tree at the end. Its
+    tensors stay the same objects and are written to.
+    """
 
     tokens: Tensor
     """[B, L] int64: L has room for the longest sequence and one tree behind it; zeros behind the known tokens."""
     lengths: Tensor
-    """[B] int64: known tokens of each row."""
+    """[B] int64: known tokens of each row, at least one."""
+    call: Functions = field(default_factory=Functions, repr=False)
+
+    def __post_init__(self) -> None:
+        self.root = self.tokens.gather(1, self.lengths[:, None] - 1)
+        """[B, 1] int64: the last known token of each row."""
 
     def append(self, tokens: Tensor, counts: Tensor) -> None:
-        """Add the first counts[b] of tokens [B, K] to each row, in place."""
-        places = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        # What does not count lies behind the new length and is overwritten by the next.
-        self.tokens.scatter_(1, places, tokens.clamp(min=0))
-        self.lengths.add_(counts)
+        """Add the first counts[b] of tokens [B, K] to each row; -1 becomes 0."""
+        self.call(append_tokens, self.tokens, self.lengths, self.root, tokens, counts)
 
-    def last(self) -> Tensor:
-        """The last known token of each row, [B]."""
-        return self.tokens.gather(1, self.lengths[:, None] - 1).squeeze(1)
+
+def append_tokens(text: Tensor, lengths: Tensor, root: Tensor, tokens: Tensor, counts: Tensor) -> tuple[Tensor]:
+    """Write the first counts [B] of tokens [B, K] behind the texts [B, L] of lengths [B], and what follows from that
+    into lengths and root [B, 1], the last tokens. Returns the lengths.
+    """
+    taken, count = tokens.clamp(min=0), counts[:, None]
+    # What does not count lies behind the new length and is overwritten by the next.
+    torch.ops.accelc.cache_update(text, taken, lengths, 1)
+    longer = lengths + counts
+    last = torch.where(count > 0, taken.gather(1, (count - 1).clamp(min=0)), root)
+    put(lengths[:, None], longer[:, None])
+    put(root, last)
+    return (longer,)
 
 
 class Proposer(ABC):

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
+from accelc.runtime.selection import selector
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.choice import SizeChooser
 from accelc.runtime.speculation.draft import Accepted, Draft, Proposer, Text
+from accelc.runtime.speculation.plain_steps import PlainSteps
 from accelc.runtime.speculation.speculator import Speculation
 from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
@@ -31,8 +32,6 @@ class SpeculativeGeneration(Generation):
     """Of trees that were cut."""
     _root: Layout | None = None
     """Of a step without drafts."""
-    _nothing: Tensor | None = None
-    """Zeros [B]."""
 
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
@@ -43,7 +42,7 @@ class SpeculativeGeneration(Generation):
                 self._proposer.close()
 
     def _run(self) -> Generator[list[Row], None, None]:
-        session, source, rule = self.session, self.speculation.source, self.speculation.rule
+        session, source, nodes = self.session, self.speculation.source, self.speculation.nodes
         begun = perf_counter()
         session.tap(source.passes)
         tapped: list[TappedChunk] = []
@@ -51,19 +50,19 @@ class SpeculativeGeneration(Generation):
         sampler = TargetSampler.of(self.params, self.seeds, self.prompts, logits, self.speculation.call)
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
-        tokens = sampler.following(logits)[:, None]
-        counts = torch.ones_like(sampler.new)
-        text = self._text(tokens.device, source.depth + 1)
+        text = self._text(logits.device, source.depth + 1)
+        select = selector(self.params, self.seeds, self.prompts, logits)
+        plain = PlainSteps(session, sampler, text, select, source.depth + 1)
         chooser = SizeChooser(self.speculation.times, len(self.rows), source.size)
         readable = self._readable(logits)
-        active = self.rows
+        active, counts = self.rows, [1] * len(self.rows)
+        tokens = [[token] for token in plain.choose(logits)]
+        plain.wait([token for (token,) in tokens], active)
         while True:
-            text.append(tokens, counts)
-            sampler.count(tokens, counts, int(counts.max()))
             self.seconds += perf_counter() - begun
             if not self.steps:
                 self.first_token_seconds = self.seconds
-            yield from self._take(active, tokens.tolist(), counts.tolist())
+            yield from self._take(active, tokens, counts)
             begun = perf_counter()
             if ended := [row.index for row in active if row.finish is not None]:
                 session.retire(ended)
@@ -72,61 +71,61 @@ class SpeculativeGeneration(Generation):
                     return
             if readable is not None:
                 self._require_readable(active, readable)
-            times = [perf_counter()]
             if self._proposer is None:
+                plain.settle()
                 self._proposer = source.start(text, sampler, tapped)
-            size = self.speculation.nodes or chooser.size
+            size = nodes or chooser.size
+            started = perf_counter()
             if size == 1 and not source.passes:
-                draft, accepted = self._plain(self._proposer, text, sampler)
-                counts = session.generating
-                times += 4 * [perf_counter()]
+                self._proposer.skip()
+                chosen = plain.step(active)
+                plain.wait(chosen, active)
+                tokens, counts, paths = [[token] for token in chosen], [1] * len(chosen), [[0]] * len(active)
+                self.recorder.add_plain(len(active), perf_counter() - started)
             else:
-                draft = self._draft(self._proposer, text, size)
-                times.append(perf_counter())
-                logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
-                session.synchronize()
-                times.append(perf_counter())
-                accepted = rule.accept(Target(sampler, draft, logits))
-                counts = session.commit(accepted.path, accepted.counts)
-                times.append(perf_counter())
-                self._proposer.observe(draft, logits, accepted, session.taps)
-                times.append(perf_counter())
-            tokens = accepted.tokens
+                plain.settle()
+                accepted, counts = self._speculate(self._proposer, text, sampler, size, active)
+                tokens, kept = accepted.tokens.tolist(), accepted.path.tolist()
+                paths = [kept[row.index][: counts[row.index]] for row in active]
             self.steps += 1
-            rows = [row.index for row in active]
-            self.recorder.add(draft, accepted, rows, times)
-            if self.speculation.nodes is None:
-                kept = zip(accepted.path.tolist(), accepted.counts.tolist())
-                paths = [path[:count] for row, (path, count) in enumerate(kept) if row in rows]
-                chooser.add(paths, times[-1] - times[0])
+            if nodes is None:
+                chooser.add(paths, perf_counter() - started)
 
-    def _plain(self, proposer: Proposer, text: Text, sampler: TargetSampler) -> tuple[Draft, Accepted]:
-        """A step of plain decoding, which is a draft of the root alone, by the step of one token."""
-        proposer.skip()
-        root = text.last()
-        tokens = sampler.following(self.session.decode(root))[:, None]
-        if self._nothing is None:
-            self._nothing = torch.zeros_like(root)
-        nothing = self._nothing
-        return Draft(root[:, None], self._alone(root.device)), Accepted(nothing, nothing[:, None], nothing + 1, tokens)
-
-    def _alone(self, device: torch.device) -> Layout:
-        if self._root is None:
-            self._root = Tree.chain(0).layout(device)
-        return self._root
+    def _speculate(
+        self, proposer: Proposer, text: Text, sampler: TargetSampler, size: int, active: Sequence[Row]
+    ) -> tuple[Accepted, list[int]]:
+        """Draft, verify and keep a path: what is kept, and how many tokens each row takes, 0 where it has ended."""
+        session, times = self.session, [perf_counter()]
+        draft = self._draft(proposer, text, size)
+        times.append(perf_counter())
+        logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
+        session.synchronize()
+        times.append(perf_counter())
+        accepted = self.speculation.rule.accept(Target(sampler, draft, logits, session.active))
+        session.commit(accepted.path, accepted.counts)
+        times.append(perf_counter())
+        proposer.observe(draft, logits, accepted, session.taps)
+        text.append(accepted.tokens, accepted.counts)
+        counts = accepted.counts.tolist()
+        sampler.count(accepted.tokens, accepted.counts, max(counts))
+        times.append(perf_counter())
+        self.recorder.add(draft, accepted, [row.index for row in active], times)
+        return accepted, counts
 
     def _draft(self, proposer: Proposer, text: Text, size: int) -> Draft:
         """A tree of at most `size` nodes."""
         if size == 1:
             proposer.skip()
-            return Draft(text.last()[:, None], self._alone(text.tokens.device))
+            if self._root is None:
+                self._root = Tree.chain(0).layout(text.tokens.device)
+            return Draft(text.root, self._root)
         draft = proposer.propose(text, size)
         if draft.layout.size <= size:
             return draft
         cut = (draft.layout, size)
         if cut not in self._layouts:
             self._layouts[cut] = draft.layout.cut(size)
-        return draft.cut(self._layouts[cut])
+        return draft.cut(self._layouts[cut], self.speculation.call)
 
     @staticmethod
     def _take(active: Sequence[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:
@@ -145,9 +144,11 @@ class SpeculativeGeneration(Generation):
         tokens = torch.zeros(len(self.rows), 1 << longest.bit_length(), dtype=torch.int64)
         for row, prompt in enumerate(self.prompts):
             tokens[row, : len(prompt)] = prompt
-        return Text(tokens.to(device), torch.tensor([len(prompt) for prompt in self.prompts], device=device))
+        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
+        return Text(tokens.to(device), lengths, self.speculation.call)
 
     def result(self) -> GenerateResult:
         """Everything so far, with the statistics of speculation."""
-        result, summary = super().result(), self.recorder.summary(self.speculation.name, self.speculation.rule.name)
+        result, used = super().result(), self.speculation
+        summary = self.recorder.summary(used.name, used.rule.name, len(self.rows))
         return replace(result, statistics=replace(result.statistics, speculation=summary))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir import StateSpec
+from accelc.runtime.functions import Functions
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.acceptance import at_node
 from accelc.runtime.speculation.draft import Accepted, Draft, Proposer, Source, Text
@@ -55,8 +57,9 @@ class HeadDrafts(Source):
         size: int,
         depth: int,
         context: Context | None,
+        call: Functions,
     ) -> None:
-        self.drafting, self.passes, self.context = drafting, passes, context
+        self.drafting, self.passes, self.context, self.call = drafting, passes, context, call
         self.size, self.depth = size, depth
 
     def start(self, text: Text, sampler: TargetSampler, prompts: Sequence[TappedChunk]) -> Proposer:
@@ -82,7 +85,7 @@ class _FromLast(Proposer):
 
     def propose(self, text: Text, nodes: int) -> Draft:
         drafting = self.source.drafting(nodes)
-        return draft_of(drafting, drafting.run(self.hidden, self.last, text.last()[:, None]))
+        return draft_of(drafting, self.source.call.step(drafting.run, self.hidden, self.last, text.root))
 
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]) -> None:
         self.hidden, self.last = taps[0], accepted.node
@@ -92,7 +95,8 @@ class _FromContext(Proposer):
     """Drafts from what a step makes of the hidden states of all tokens; it has run over those before the last ones."""
 
     def __init__(self, source: HeadDrafts, context: Context, text: Text) -> None:
-        self.source, self.context, self.text = source, context, text
+        self.source, self.context, self.text, self.call = source, context, text, source.call
+        self.place = functools.partial(behind, end=context.max_length)
         batch, device = len(text.lengths), text.lengths.device
         with torch.inference_mode(False):
             self.states = tuple(spec.allocate(batch, context.capacity, device) for spec in context.states)
@@ -106,33 +110,49 @@ class _FromContext(Proposer):
 
     def read(self, hidden: Tensor, valid: Tensor) -> None:
         """A chunk of the prompts [B, N, H], of which row b has valid[b] tokens."""
-        self.context.run(hidden, self._positions(self.seen, hidden), self.seen, *self.states)
+        self.context.run(hidden, positions_from(self.seen, hidden.shape[1], self.context.max_length), self.seen,
+                         *self.states)  # fmt: skip
         self.seen = self.seen + valid
         # The last token of each prompt is run over once more, by the first draft.
         self.hidden, self.counts, self.waiting = ends_of(hidden, valid, self.hidden), torch.ones_like(valid), True
 
     def propose(self, text: Text, nodes: int) -> Draft:
-        drafting, before = self.source.drafting(nodes), self._before()
-        positions, last = self._positions(before, self.hidden), (self.counts - 1).clamp(min=0)
+        drafting = self.source.drafting(nodes)
+        before, positions, last = self._places()
         self.waiting = False
         return draft_of(
-            drafting, drafting.run(self.hidden, positions, before, last, text.last()[:, None], *self.states)
+            drafting, self.call.step(drafting.run, self.hidden, positions, before, last, text.root, *self.states)
         )
 
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]) -> None:
         if self.waiting:  # a token came without a draft
-            before = self._before()
-            self.context.run(self.hidden, self._positions(before, self.hidden), before, *self.states)
-        path = accepted.path[..., None].expand(-1, -1, taps[0].shape[-1])
-        self.hidden, self.counts, self.waiting = taps[0].gather(1, path), accepted.counts, True
+            before, positions, _ = self._places()
+            self.context.run(self.hidden, positions, before, *self.states)
+        (self.hidden,) = self.call(along, taps[0], accepted.path)
+        self.counts.copy_(accepted.counts)
+        self.waiting = True
 
-    def _before(self) -> Tensor:
-        """Tokens of each row before those in `hidden`; the text's last one is not verified yet."""
-        return (self.text.lengths - 1 - self.counts).clamp(min=0)
+    def _places(self) -> tuple[Tensor, ...]:
+        """Of the tokens in `hidden`; the text's last one is not verified yet."""
+        return self.call(self.place, self.text.lengths, self.counts, self.hidden)
 
-    def _positions(self, before: Tensor, hidden: Tensor) -> Tensor:
-        places = before[:, None] + torch.arange(hidden.shape[1], device=before.device)
-        return places.clamp(max=self.context.max_length - 1)
+
+def behind(lengths: Tensor, counts: Tensor, hidden: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For hidden states [B, N, H] whose first counts [B] belong to the last tokens but one of texts of lengths [B]:
+    tokens before them [B], positions [B, N] below `end`, the last one that counts [B].
+    """
+    before = (lengths - 1 - counts).clamp(min=0)
+    return before, positions_from(before, hidden.shape[1], end), (counts - 1).clamp(min=0)
+
+
+def positions_from(before: Tensor, count: int, end: int) -> Tensor:
+    """Positions [B, count] behind so many tokens [B]; what would be no position is the last one."""
+    return (before[:, None] + torch.arange(count, device=before.device)).clamp(max=end - 1)
+
+
+def along(hidden: Tensor, path: Tensor) -> tuple[Tensor]:
+    """The entries of hidden [B, N, H] on a path [B, D + 1]."""
+    return (hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1])),)
 
 
 def ends_of(hidden: Tensor, valid: Tensor, before: Tensor) -> Tensor:
@@ -147,5 +167,6 @@ def draft_of(drafting: Drafting, results: tuple[Tensor, ...]) -> Draft:
     """The draft that a program returned."""
     if drafting.layout is not None:
         return Draft(results[0], drafting.layout)
-    tokens, parents, ranks, depths, paths, words = results
-    return Draft(tokens, Layout(parents, ranks, depths, paths, words, drafting.width))
+    tokens, *layout = results
+    # Statistics are made of layouts later, and the next call may write to these.
+    return Draft(tokens, Layout(*[tensor.clone() for tensor in layout], drafting.width))

@@ -90,6 +90,14 @@ def look_up(tokens: Tensor, lengths: Tensor, ngram: int, count: int) -> tuple[Te
     turned = (longest - 1 - place).expand_as(tokens)
     best = torch.ops.accelc.top_k(matched.gather(1, turned).float(), 1) * -1 + (longest - 1)
     # A text that repeats itself goes on so: what lies between the match and the end comes again and again.
-    source = best + 1 + torch.arange(count, device=tokens.device) % (end - 1 - best).clamp(min=1)
+    source = best + 1 + remainder(torch.arange(count, device=tokens.device), (end - 1 - best).clamp(min=1), count)
     drafts = torch.where(matched.gather(1, best) > 0, tokens.gather(1, source.clamp(max=longest - 1)), NOTHING)
     return (torch.cat([tokens.gather(1, end - 1), drafts], dim=1),)
+
+
+def remainder(numbers: Tensor, divisors: Tensor, end: int) -> Tensor:
+    """numbers % divisors for numbers in [0, end) and positive divisors: by subtraction, for which there are kernels."""
+    for power in reversed(range((end - 1).bit_length())):
+        multiple = divisors * (1 << power)
+        numbers = torch.where(numbers >= multiple, numbers - multiple, numbers)
+    return numbers

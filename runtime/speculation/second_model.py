@@ -98,7 +98,7 @@ class _Chain(_Model):
 
     def propose(self, text: Text, nodes: int) -> Draft:
         layout = self.source.layout_of(nodes)
-        tokens, count = [text.last()], layout.size - 1
+        tokens, count = [text.root[:, 0]], layout.size - 1
         shaping = self.sampler.shaping
         uniforms = self.sampler.own_uniforms(count) if shaping.samples else None
         proposed: list[Tensor] = []
@@ -108,7 +108,8 @@ class _Chain(_Model):
                 if index:
                     logits = self.session.decode(tokens[-1])
                 if uniforms is None:
-                    tokens += self.call(likeliest_token, logits.contiguous())
+                    (token,) = self.call(likeliest_token, logits.contiguous())
+                    tokens.append(token.clone())  # the next call may write there
                     continue
                 proposed.append(shaping.probabilities(logits.float()))
                 tokens.append(draw_from(proposed[-1], uniforms[:, index]))
@@ -130,7 +131,7 @@ class _Tree(_Model):
     def propose(self, text: Text, nodes: int) -> Draft:
         layout = self.source.layout_of(nodes)
         parents, ranks = layout.parents[0], layout.ranks[0]
-        tokens = text.last()[:, None]
+        tokens = text.root
         with self.session.alone():
             scores = self.behind(text)[:, None]  # of the nodes so far
             for begin, whole in zip(self.ends, self.ends[1:]):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import TypeAlias
 
 import torch
 from rich.table import Table
@@ -103,30 +104,43 @@ def rates_table(title: str, what: str, rates: Sequence[Sequence[float | None]], 
     return table
 
 
+Step: TypeAlias = tuple[Layout, list[list[int]], list[int], list[int]]
+"""The trees, their tokens [B][N], the last node kept [B], rows that had not ended before it."""
+
+
 @dataclass
 class Recorder:
     """Keeps what each step of a generation did, and counts when it is asked."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    _steps: list[tuple[Layout, Tensor, Tensor, list[int]]] = field(default_factory=list)
-    """Of each step: the trees, their tokens [B, N], the last node kept [B], rows that had not ended before it."""
+    _steps: list[Step] = field(default_factory=list)
     _times: dict[int, list[float]] = field(default_factory=dict)
+    _plain: int = 0
+    """Row-steps without a tree."""
 
     def add(self, draft: Draft, accepted: Accepted, rows: list[int], times: Sequence[float]) -> None:
         """One step; `times`: begin and end of its parts."""
         for part, begin, end in zip(PARTS, times, times[1:]):
             self.seconds[part] += end - begin
         self._times.setdefault(draft.layout.size, []).append(times[-1] - times[0])
-        self._steps.append((draft.layout, draft.tokens, accepted.node, rows))
+        # The next step may write to its tensors.
+        self._steps.append((draft.layout, draft.tokens.tolist(), accepted.node.tolist(), rows))
 
-    def summary(self, drafter: str, rule: str) -> SpeculationStatistics:
+    def add_plain(self, rows: int, seconds: float) -> None:
+        """One step of plain decoding, of so many rows that had not ended."""
+        self.seconds["verify"] += seconds
+        self._times.setdefault(1, []).append(seconds)
+        self._plain += rows
+
+    def summary(self, drafter: str, rule: str, batch: int) -> SpeculationStatistics:
         """The statistics of all steps so far."""
-        by_layout: dict[Layout, list[tuple[Layout, Tensor, Tensor, list[int]]]] = {}
+        by_layout: dict[Layout, list[Step]] = {}
         for step in self._steps:
             by_layout.setdefault(step[0], []).append(step)
         depth = max((layout.depth for layout, *_ in self._steps), default=0)
         width = max((layout.width for layout, *_ in self._steps), default=0)
         lengths = torch.zeros(depth + 2, dtype=torch.int64)
+        lengths[1] = self._plain
         reached, accepted = (torch.zeros(depth, width, dtype=torch.int64) for _ in range(2))
         for steps in by_layout.values():
             counts, cells, below, kept = _of_rows(steps, width)
@@ -142,22 +156,20 @@ class Recorder:
             reached=tuple(map(tuple, reached.tolist())),
             accepted=tuple(map(tuple, accepted.tolist())),
             seconds=dict(self.seconds),
-            batch=len(self._steps[0][1]) if self._steps else 1,
+            batch=batch,
             step_seconds={nodes: (len(times), median(times)) for nodes, times in sorted(self._times.items())},
         )
 
 
-def _of_rows(
-    steps: Sequence[tuple[Layout, Tensor, Tensor, list[int]]], width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _of_rows(steps: Sequence[Step], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of all rows R of steps with one layout: tokens they took [R]; (depth - 1) * width + rank of each draft
     [R * (N - 1)]; which of them were below a kept node and had a token, and which were kept [R * (N - 1)] int64.
     """
     layout = steps[0][0]
-    b, n = steps[0][1].shape
+    b, n = len(steps[0][1]), layout.size
     index = torch.tensor([step * b + row for step, (*_, rows) in enumerate(steps) for row in rows])
-    tokens = torch.cat([tokens for _, tokens, *_ in steps]).cpu()[index]
-    last = torch.cat([node for _, _, node, _ in steps]).cpu()[index, None]
+    tokens = torch.tensor([row for _, tokens, *_ in steps for row in tokens])[index]
+    last = torch.tensor([node for _, _, nodes, _ in steps for node in nodes])[index, None]
     parents, ranks, depths, words = (
         t.cpu()[index % b if len(t) > 1 else index * 0]
         for t in (layout.parents, layout.ranks, layout.depths, layout.words)

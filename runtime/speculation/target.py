@@ -37,10 +37,12 @@ class TargetSampler:
         self.call = call or Functions()
         self._uniforms, self._own = uniforms, own
         self._owned = 0
+        self.plain_greedy = not (shaping.samples or shaping.penalizes)
+        """Whether every row takes the largest of its logits as they are."""
         self.times_seen = None if seen is None else seen.int()
         """[B, V] int32, where a repetition penalty needs it."""
         self.new = torch.zeros(len(shaping.greedy), dtype=torch.int64, device=shaping.greedy.device)
-        """[B]: tokens chosen so far."""
+        """[B]: tokens chosen so far, where any are drawn."""
         self._most = 0
 
     @classmethod
@@ -66,6 +68,8 @@ class TargetSampler:
 
     def count(self, tokens: Tensor, counts: Tensor, most: int) -> None:
         """The first counts[b] of tokens [B, K] were taken; no row took more than `most`."""
+        if self.plain_greedy:
+            return
         if self.times_seen is not None:
             kept = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
             self.times_seen.scatter_add_(1, tokens.clamp(min=0), kept.int())
@@ -91,14 +95,15 @@ class TargetSampler:
 class Target:
     """The target at the nodes of a draft, for an acceptance rule to ask; what it does not ask is not computed."""
 
-    def __init__(self, sampler: TargetSampler, draft: Draft, logits: Tensor) -> None:
+    def __init__(self, sampler: TargetSampler, draft: Draft, logits: Tensor, active: Tensor) -> None:
         self._sampler, self.draft = sampler, draft
+        self.active = active
+        """[B] int64: 1 for rows that generate, 0 for those that have ended."""
         self.logits = logits
         """[B, N, V]."""
         self.call = sampler.call
         """Calls tensor functions."""
-        self.plain_greedy = not (sampler.shaping.samples or sampler.shaping.penalizes)
-        """Whether every row takes the largest of its logits as they are."""
+        self.plain_greedy = sampler.plain_greedy
 
     @cached_property
     def _shaping(self) -> Shaping:

@@ -77,7 +77,7 @@ class _Recycler(Proposer):
 
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]) -> None:
         rows, best = self._call(self._learn, logits, draft.tokens, accepted.path, accepted.counts)
-        self._successors[rows] = best
+        self._successors.index_copy_(0, rows, best)
 
 
 def read_tree(successors: Tensor, tokens: Tensor, lengths: Tensor, tree: Tree) -> tuple[Tensor]:

@@ -163,10 +163,16 @@ LIBRARY: dict[str, tuple[str, dict[str, Any]]] = {
 SEEDS = {"falcon_alibi": 1}
 
 
-def build(name: str) -> nn.Module:
-    """The named architecture with random weights: fp32, evaluation mode, the same weights on every call."""
+POSITION_OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def build(name: str, positions: int = POSITIONS) -> nn.Module:
+    """The named architecture with random weights: fp32, evaluation mode, the same weights on every call. positions:
+    tokens that it takes at least.
+    """
     import transformers
 
     config_class, options = LIBRARY[name]
+    options = options | {key: positions for key in POSITION_OPTIONS if key in options}
     config = getattr(transformers, config_class)(**options)
     return random_model(lambda: transformers.AutoModelForCausalLM.from_config(config), SEEDS.get(name, 0))

@@ -72,7 +72,8 @@ def drafts(kind: DraftKind, rows: int, generator: torch.Generator, tree: Tree = 
 
 
 def accepted(rule: AcceptanceRule, draft: Draft, state: TargetSampler) -> Accepted:
-    return rule.accept(Target(state, draft, TARGET[draft.tokens.clamp(min=0)]))
+    logits = TARGET[draft.tokens.clamp(min=0)]
+    return rule.accept(Target(state, draft, logits, torch.ones_like(draft.tokens[:, 0])))
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, float]:
@@ -179,7 +180,7 @@ def test_nodes_without_tokens_and_without_logits() -> None:
     logits[1, 1] = torch.nan
     for rule in (Matching(), Rejection(), Typical()):
         state = sampler(2, torch.Generator().manual_seed(0), SamplingParams())
-        got = rule.accept(Target(state, draft, logits))
+        got = rule.accept(Target(state, draft, logits, torch.ones_like(draft.tokens[:, 0])))
         assert got.counts.tolist() == [2, 2]
         assert got.node.tolist() == [2, 1]
         assert got.tokens[0, :2].tolist() == [best, int(TARGET[best].argmax())]
@@ -192,7 +193,7 @@ def test_typical_acceptance_takes_the_longest_path_then_the_likeliest() -> None:
     logits[0, 2, 4] = 1.0
     draft = Draft(torch.tensor([[0, 1, 2, 3, 4, 4]]), tree.layout())
     state = sampler(1, torch.Generator().manual_seed(0), SamplingParams(temperature=1.0))
-    got = Typical().accept(Target(state, draft, logits))
+    got = Typical().accept(Target(state, draft, logits, torch.ones_like(draft.tokens[:, 0])))
     assert (got.node.tolist(), got.counts.tolist()) == ([4], [3])
     assert got.path[0].tolist() == [0, 2, 4]
 

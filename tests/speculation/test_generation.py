@@ -67,7 +67,7 @@ class _Reader(Proposer):
     def propose(self, text: Text, nodes: int) -> Draft:
         places = text.lengths[:, None] + torch.arange(self.told.depth)
         drafts = self.told.sequences.gather(1, places.clamp(max=self.told.sequences.shape[1] - 1))
-        return Draft(torch.cat([text.last()[:, None], drafts], dim=1), self.layout)
+        return Draft(torch.cat([text.root, drafts], dim=1), self.layout)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,58 @@
+"""Steps without drafts in a speculative generation, at the price of plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from accelc.runtime.generation import Row
+from accelc.runtime.selection import Selector
+from accelc.runtime.session import Session
+from accelc.runtime.speculation.draft import Text
+from accelc.runtime.speculation.target import TargetSampler
+
+
+class PlainSteps:
+    """Chooses and runs one token a row. Text and sampler learn of the tokens when they are needed: at `settle`."""
+
+    def __init__(self, session: Session, sampler: TargetSampler, text: Text, select: Selector, width: int) -> None:
+        """select: of plain decoding, used where nothing is drawn or penalised; width: tokens that go to the text at
+        once.
+        """
+        self._session, self._sampler, self._text, self._width = session, sampler, text, width
+        self._select = select
+        self._waiting: list[list[int]] = [[] for _ in range(session.batch)]
+
+    def choose(self, logits: Tensor) -> list[int]:
+        """The next token of each row from its logits [B, V]; -1 where they are not finite."""
+        if self._sampler.plain_greedy:
+            return self._select(logits)
+        self.settle()
+        return self._sampler.following(logits).tolist()
+
+    def step(self, active: Sequence[Row]) -> list[int]:
+        """Run the last token of the active rows; the next one of all rows. Call `wait` for those that are taken."""
+        tokens = [0] * self._session.batch  # rows that have ended are padded
+        for row in active:
+            tokens[row.index] = row.tokens[-1]
+        return self.choose(self._session.decode(tokens))
+
+    def wait(self, tokens: Sequence[int], active: Sequence[Row]) -> None:
+        """These tokens, one a row, follow in the text."""
+        for row in active:
+            self._waiting[row.index].append(tokens[row.index])
+
+    def settle(self) -> None:
+        """Text and sampler get what waits."""
+        longest = max(map(len, self._waiting))
+        device = self._text.lengths.device
+        for begin in range(0, longest, self._width):
+            parts = [tokens[begin : begin + self._width] for tokens in self._waiting]
+            counts = torch.tensor([len(part) for part in parts], device=device)
+            padded = torch.tensor([part + [0] * (self._width - len(part)) for part in parts], device=device)
+            self._text.append(padded, counts)
+            self._sampler.count(padded, counts, max(map(len, parts)))
+        if longest:
+            self._waiting = [[] for _ in self._waiting]
