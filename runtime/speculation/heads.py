@@ -167,6 +167,6 @@ def draft_of(drafting: Drafting, results: tuple[Tensor, ...]) -> Draft:
     """The draft that a program returned."""
     if drafting.layout is not None:
         return Draft(results[0], drafting.layout)
-    tokens, *layout = results
     # Statistics are made of layouts later, and the next call may write to these.
-    return Draft(tokens, Layout(*[tensor.clone() for tensor in layout], drafting.width))
+    tokens, (parents, ranks, depths, paths, words) = results[0], [tensor.clone() for tensor in results[1:]]
+    return Draft(tokens, Layout(parents, ranks, depths, paths, words, drafting.width))
