@@ -33,6 +33,7 @@ from accelc.runtime import cache_capacity
 from accelc.runtime.arguments import check_vocabulary, token_ids
 from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
 from accelc.runtime.speculation.draft import DRAFTERS, Drafter
+from accelc.runtime.speculation.registry import made
 from accelc.runtime.speculation.speculator import Wish
 from accelc.runtime.speculation.trees import WORDS
 from accelc.runtime.steps import TreeSteps
@@ -212,7 +213,7 @@ def check_draft(draft: Drafter | str | None, accept: AcceptanceRule | str | None
         if accept is not None:
             raise DraftError(f"accept is {accept!r} and nothing drafts", remedy="Pass draft= as well.")
         return
-    rule = rule_for(DRAFTERS.find(draft).kind, accept)
+    rule = rule_for(made(DRAFTERS, draft).kind, accept)
     if rule.exactness < require:
         raise ExactnessError(
             f"accept makes the decoder {rule.exactness}, and {require} is required",

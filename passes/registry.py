@@ -1,26 +1,15 @@
-"""Passes by name: the built-in ones, those registered by `@register_pass`, and those of other installed packages.
-
-Another package declares its passes under the entry-point group ``accelc.passes``, each under the name of the pass:
-
-    [project.entry-points."accelc.passes"]
-    "acme.skip" = "acme.passes:Skip"
-
-Nothing is imported until it is asked for by name, so a broken package disturbs only those who use it.
+"""Passes by name: the built-in ones, those registered by `@register_pass`, and those of other installed packages, which
+declare theirs under the entry-point group ``accelc.passes``; see `accelc.ir.registry`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
-import pkgutil
 import types
 import typing
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-import accelc.passes
 from accelc.ir.errors import (
     DuplicatePassError,
     OptionValueError,
@@ -29,12 +18,17 @@ from accelc.ir.errors import (
     UnknownOptionError,
     UnknownPassError,
 )
+from accelc.ir.registry import Failures, Registry
 from accelc.passes.base import Pass
 
-GROUP = "accelc.passes"
 PassClass = TypeVar("PassClass", bound=type[Pass])
-
-_registered: dict[str, type[Pass]] = {}
+PASSES: Registry[Pass] = Registry(
+    Pass,
+    ("pass", "passes"),
+    group="accelc.passes",
+    folder="accelc.passes",
+    failures=Failures(UnknownPassError, DuplicatePassError, PassPluginError),
+)
 
 
 def register_pass(cls: PassClass) -> PassClass:
@@ -51,29 +45,18 @@ def register_pass(cls: PassClass) -> PassClass:
             f"{cls.__qualname__} is not a dataclass of its own, so its options would be lost",
             remedy="Write @register_pass above @dataclass(frozen=True).",
         )
-    present = _registered.get(cls.name)
-    # A module that is reloaded defines its class anew; that is not a second pass.
-    if present is not None and _place(present) != _place(cls):
-        raise DuplicatePassError(f"two passes are named {cls.name!r}", where=f"{_place(present)} and {_place(cls)}")
-    _registered[cls.name] = cls
+    PASSES.add(cls)
     return cls
 
 
 def known_passes() -> tuple[str, ...]:
     """The names of all passes, sorted; those of other packages are listed without importing them."""
-    _import_builtin()
-    return tuple(sorted({*_registered, *_plugins()}))
+    return PASSES.names()
 
 
 def find_pass(name: str) -> type[Pass]:
     """The class of a pass. Raises `UnknownPassError` (lists the known), `DuplicatePassError`, `PassPluginError`."""
-    _import_builtin()
-    plugin = _plugins().get(name)
-    if plugin is not None:
-        return _load(name, plugin)
-    if name not in _registered:
-        raise UnknownPassError(f"no pass is named {name!r}", remedy=f"Known passes: {', '.join(known_passes())}.")
-    return _registered[name]
+    return PASSES.find(name)
 
 
 def build_pass(name: str, options: Mapping[str, object] | None = None) -> Pass:
@@ -100,53 +83,6 @@ def build_pass(name: str, options: Mapping[str, object] | None = None) -> Pass:
     if wrong:
         raise OptionValueError(f"pass {name!r} got {', '.join(wrong)}")
     return cls(**options)
-
-
-def _place(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-@functools.cache
-def _import_builtin() -> None:
-    """Import every module of accelc.passes: one file, one pass, so the folder is the list."""
-    for module in pkgutil.iter_modules(accelc.passes.__path__):
-        importlib.import_module(f"accelc.passes.{module.name}")
-
-
-@functools.cache
-def _plugins() -> dict[str, EntryPoint]:
-    """Entry points by pass name; reads package metadata only."""
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
-        if point.name in found and point.value != found[point.name].value:
-            raise DuplicatePassError(
-                f"two packages provide a pass named {point.name!r}",
-                where=f"{_distribution(found[point.name])} and {_distribution(point)}",
-            )
-        found[point.name] = point
-    return found
-
-
-def _load(name: str, point: EntryPoint) -> type[Pass]:
-    where = f"entry point {name} = {point.value} of {_distribution(point)}"
-    before = _registered.get(name)
-    try:
-        cls = point.load()
-    except DuplicatePassError:
-        raise
-    except Exception as error:  # importing another package can raise anything; it is chained
-        raise PassPluginError(f"pass {name!r} cannot be imported: {error}", where=where) from error
-    if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        raise PassPluginError(f"pass {name!r} is not a subclass of accelc.passes.Pass but {cls!r}", where=where)
-    if cls.name != name:
-        raise PassPluginError(f"the entry point is named {name!r} but the pass {cls.name!r}", where=where)
-    if before is not None and before is not cls:
-        raise DuplicatePassError(f"two passes are named {name!r}", where=f"{_place(before)} and {where}")
-    return register_pass(cls)
-
-
-def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
 
 
 def _fits(value: object, hint: Any) -> bool:

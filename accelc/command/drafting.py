@@ -9,6 +9,7 @@ from typing import Any
 import accelc
 from accelc.ir.errors import InputError
 from accelc.runtime.speculation.draft import DRAFTERS, Drafter
+from accelc.runtime.speculation.registry import made
 from accelc.runtime.speculation.trees import Tree
 
 
@@ -18,7 +19,7 @@ def drafter_of(name: str | None, model: Path | None, heads: Path | None, tree: s
         raise InputError("several drafters", remedy="Give one of --draft, --draft-model and --heads.")
     drafter: Any = None
     if name is not None:
-        drafter = DRAFTERS.find(name)
+        drafter = made(DRAFTERS, name)
     elif model is not None:
         drafter = accelc.DraftModel(model)
     elif heads is not None:

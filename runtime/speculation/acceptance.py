@@ -18,7 +18,7 @@ from accelc.ir import Exactness
 from accelc.ir.errors import DraftError
 from accelc.runtime.sampling import draw_from
 from accelc.runtime.speculation.draft import Accepted, DraftKind
-from accelc.runtime.speculation.registry import Registry
+from accelc.runtime.speculation.registry import made, registry_of
 from accelc.runtime.speculation.target import Target
 from accelc.runtime.speculation.trees import Layout
 
@@ -83,7 +83,7 @@ def at_node(values: Tensor, node: Tensor) -> Tensor:
 
 
 RuleClass = TypeVar("RuleClass", bound=type[AcceptanceRule])
-RULES: Registry[AcceptanceRule] = Registry(AcceptanceRule, "acceptance rule", "accelc.acceptance")
+RULES = registry_of(AcceptanceRule, "acceptance rule", "accelc.acceptance")
 
 
 def register_rule(cls: RuleClass) -> RuleClass:
@@ -100,7 +100,7 @@ def rule_for(kind: DraftKind, given: AcceptanceRule | str | None = None, *, gree
     """
     if given is None:
         return Matching() if greedy or kind is DraftKind.DETERMINISTIC else Rejection()
-    rule = RULES.find(given)
+    rule = made(RULES, given)
     if kind not in rule.kinds:
         raise DraftError(
             f"the rule {rule.name!r} is not made for {kind} drafts",

@@ -18,7 +18,7 @@ from torch import Tensor
 from accelc.ir import Program
 from accelc.runtime.functions import Functions, put
 from accelc.runtime.session import TappedChunk
-from accelc.runtime.speculation.registry import Registry
+from accelc.runtime.speculation.registry import registry_of
 from accelc.runtime.speculation.trees import Layout
 from accelc.runtime.steps import StepFunction
 
@@ -189,7 +189,7 @@ class Drafter(ABC):
 
 
 DrafterClass = TypeVar("DrafterClass", bound=type[Drafter])
-DRAFTERS: Registry[Drafter] = Registry(Drafter, "drafter", "accelc.drafters")
+DRAFTERS = registry_of(Drafter, "drafter", "accelc.drafters")
 
 
 def register_drafter(cls: DrafterClass) -> DrafterClass:

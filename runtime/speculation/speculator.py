@@ -10,6 +10,7 @@ from accelc.runtime.functions import Compile, Functions
 from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
 from accelc.runtime.speculation.choice import StepTimes
 from accelc.runtime.speculation.draft import DRAFTERS, Drafter, Setting, Source
+from accelc.runtime.speculation.registry import made
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Speculator:
         nodes = self.default.nodes if wish.nodes is None else wish.nodes
         if nodes is not None:
             check_count("draft_nodes", nodes)
-        drafter = DRAFTERS.find(asked)
+        drafter = made(DRAFTERS, asked)
         rule = rule_for(drafter.kind, self.default.accept if wish.accept is None else wish.accept, greedy=greedy)
         if not self.room:
             raise DraftError("this decoder has no step for trees", remedy="Make it with accelc.compile.")

@@ -19,7 +19,8 @@ from accelc.ir.errors import (
     UnknownOptionError,
     UnknownPassError,
 )
-from accelc.passes import Pass, PassResult, build_pass, find_pass, known_passes, register_pass, registry
+from accelc.passes import Pass, PassResult, build_pass, find_pass, known_passes, register_pass
+from accelc.passes.registry import PASSES
 
 
 class Mode(enum.Enum):
@@ -47,7 +48,7 @@ class Toy(Pass):
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone afterwards."""
     known_passes()
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(PASSES, "_known", dict(PASSES._known))
     register_pass(Toy)
 
 
@@ -154,10 +155,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n")
         (info / "entry_points.txt").write_text(f"[accelc.passes]\n{point}\n")
         importlib.invalidate_caches()
-        registry._plugins.cache_clear()
+        PASSES.plugins.cache_clear()
 
     yield install
-    registry._plugins.cache_clear()
+    PASSES.plugins.cache_clear()
     for name in set(sys.modules) - modules:
         if name.endswith("_passes"):
             del sys.modules[name]

@@ -202,7 +202,7 @@ def test_rules_by_name() -> None:
     assert set(RULES.names()) >= {"matching", "rejection", "typical"}
     assert rule_for(DraftKind.DETERMINISTIC) == Matching()
     assert rule_for(DraftKind.INDEPENDENT) == rule_for(DraftKind.INDEPENDENT, "rejection") == Rejection()
-    with pytest.raises(DraftError, match="no acceptance rule is 'reject'") as caught:
+    with pytest.raises(DraftError, match="no acceptance rule is named 'reject'") as caught:
         rule_for(DraftKind.INDEPENDENT, "reject")
     assert "Did you mean 'rejection'?" in caught.value.remedy
     for wrong in ({"epsilon": 0}, {"delta": 1.5}, {"epsilon": "x"}, {"delta": True}):

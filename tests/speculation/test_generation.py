@@ -247,10 +247,10 @@ def test_a_decoder_that_speculates_by_itself() -> None:
 
 def test_mistakes_are_named(llama: accelc.CompiledDecoder) -> None:
     generate = llama.generate
-    with pytest.raises(DraftError, match="no drafter is 'prompt_look'") as caught:
+    with pytest.raises(DraftError, match="no drafter is named 'prompt_look'") as caught:
         generate(PROMPTS, draft="prompt_look")
     assert "Did you mean 'prompt_lookup'?" in caught.value.remedy
-    with pytest.raises(DraftError, match="no drafter is 3"):
+    with pytest.raises(DraftError, match="no drafter is named 3"):
         generate(PROMPTS, draft=3)  # type: ignore[arg-type]
     with pytest.raises(DraftError, match="nothing drafts"):
         generate(PROMPTS, accept="matching")
