@@ -98,10 +98,13 @@ def main(
     drafters = DRAFTERS | trained_drafters(trained, settings, console)
     texts = list(held_out[: prompts * 7 * prompt_tokens].view(prompts, -1)[:, :prompt_tokens])
     decoder = accelc.compile(trained.model, max_length=prompt_tokens + new_tokens)
+    # One for each drafter, as one would have: what it learned about times and drafts is its own.
+    decoders = {name: accelc.compile(trained.model, max_length=decoder.max_length) for name in drafters}
+    decoders["plain"] = decoder
     rows, runs = [], []
     for size in batch or [1, 4]:
         for heat in [0.0, 0.8] if temperature is None else temperature:
-            for way, run in ways(decoder, trained, drafters, heat, transformers and size == 1).items():
+            for way, run in ways(decoders, trained, drafters, heat, transformers and size == 1).items():
                 rows.append(Row(way, size, heat))
                 runs.append(run)
     for row, run in track(list(zip(rows, runs, strict=True)), "warming up", console=console):
@@ -147,11 +150,15 @@ def key_of(settings: TrainSettings) -> str:
 
 
 def ways(
-    decoder: accelc.CompiledDecoder, trained: Trained, drafters: dict[str, Drafter], temperature: float, theirs: bool
+    decoders: dict[str, accelc.CompiledDecoder],
+    trained: Trained,
+    drafters: dict[str, Drafter],
+    temperature: float,
+    theirs: bool,
 ) -> dict[str, Run]:
     """How the prompts are decoded, by title."""
-    found: dict[str, Run] = {"accelc, plain": ours(decoder, temperature, False)}
-    found |= {f"accelc, {name}": ours(decoder, temperature, drafter) for name, drafter in drafters.items()}
+    found: dict[str, Run] = {"accelc, plain": ours(decoders["plain"], temperature, False)}
+    found |= {f"accelc, {name}": ours(decoders[name], temperature, drafter) for name, drafter in drafters.items()}
     if theirs:
         found["transformers, plain"] = of_transformers(trained, temperature, {})
         for tokens in (4, 10):

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
@@ -36,7 +36,7 @@ from accelc.ir import Exactness
 from accelc.passes import Pipeline
 from accelc.passes.tap_hidden import TapHidden
 from accelc.runtime.speculation.acceptance import AcceptanceRule, Successor, at_node
-from accelc.runtime.speculation.draft import Drafter
+from accelc.runtime.speculation.draft import Accepted, Drafter
 from accelc.runtime.speculation.target import Target
 from accelc.runtime.speculation.trees import Tree, best_tree
 
@@ -65,6 +65,10 @@ class Replayed(AcceptanceRule):
         number = target.uniforms(layout.size).gather(1, layout.parents.clamp(min=0).expand_as(chosen))
         hits = (number < upto[depths, ranks]) & (number >= (upto - table)[depths, ranks])
         return hits, lambda node: at_node(chosen, node), None
+
+    def accept(self, target: Target) -> Accepted:
+        accepted = super().accept(target)
+        return replace(accepted, tokens=accepted.tokens.clamp(min=0))  # nodes without a token were kept too
 
 
 @dataclass

@@ -124,7 +124,9 @@ class CompiledStep:
         with self._lock:
             sizes = self._sizes(inputs)
             self._check(inputs, sizes)
-            bound = (self._instances.get(sizes) or self._instance(sizes)).bind(inputs)
+            instance = self._instances.get(sizes) or self._instance(sizes)
+            self._instances.move_to_end(sizes)
+            bound = instance.bind(inputs)
 
         def call() -> tuple[Tensor, ...]:
             with self._lock:

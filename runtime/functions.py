@@ -16,8 +16,10 @@ operation ``accelc::cache_update`` alone."""
 Compile: TypeAlias = Callable[[TensorFunction, Sequence[Tensor]], TensorFunction]
 """compile(function, examples): the function for tensors of these sizes and dtypes."""
 
-KEPT = 64
-"""Compiled functions that a decoder keeps, each for one set of sizes; and bound ones, each for one set of tensors."""
+KEPT = 256
+"""Compiled functions that a decoder keeps, each for one set of sizes; and bound ones, each for one set of tensors. A
+drafter takes some five for each size of its trees and each batch.
+"""
 
 
 def bound(step: Any, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:

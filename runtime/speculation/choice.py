@@ -20,9 +20,13 @@ STALE = 400
 """Steps after which the time of a size that is not much worse is measured again."""
 
 FORGET = 0.98
-"""What a step leaves of the weight of those before it."""
+"""What a step leaves of the weight of those before it, for the nodes that it verified."""
+FADE = 0.997
+"""The same for others: what was never right is tried again some hundred steps later."""
 DOUBT = 2.0
 """Steps that the expectation before any step counts for."""
+SEEN = 10.0
+"""Steps that what was seen of other texts counts for."""
 
 
 class StepTimes:
@@ -46,42 +50,65 @@ class StepTimes:
         return self._seconds.get((batch, nodes))
 
 
+class Acceptance:
+    """How often the nodes of a drafter's trees of `size` nodes were kept, over all generations of a decoder."""
+
+    def __init__(self, size: int) -> None:
+        self.met, self.kept = np.zeros(size), np.zeros(size)
+        self._expected = np.concatenate([[1.0], 0.5 / np.arange(1, size)])
+
+    def add(self, paths: Sequence[Sequence[int]], nodes: int) -> None:
+        """One step of so many nodes: those kept in each row."""
+        for counts in (self.met, self.kept):
+            counts[:nodes] *= FORGET
+            counts[nodes:] *= FADE
+        self.met[:nodes] += len(paths)
+        for path in paths:
+            self.kept[path] += 1
+
+    def doubt(self) -> None:
+        """Another text begins: what was seen counts for `SEEN` steps at most."""
+        share = min(1.0, SEEN / max(1.0, *self.met[1:]))
+        self.met *= share
+        self.kept *= share
+
+    def tokens(self) -> np.ndarray:
+        """Expected tokens of a row in a step of 1, 2, ... nodes."""
+        worth = (self.kept + DOUBT * self._expected) / (self.met + DOUBT)
+        seen = self.met >= 1
+        if seen[1:].any():  # nodes that were not verified yet promise no more than the best of those that were
+            worth[~seen] *= min(1.0, (worth / self._expected)[1:][seen[1:]].max())
+        return np.cumsum(worth)
+
+
 class SizeChooser:
     """Chooses for one generation of `batch` rows with a drafter whose trees have `size` nodes, the likeliest first."""
 
-    def __init__(self, times: StepTimes, batch: int, size: int) -> None:
+    def __init__(self, times: StepTimes, batch: int, size: int, acceptance: Acceptance | None = None) -> None:
         self._times, self._batch = times, batch
+        self._acceptance = acceptance or Acceptance(size)
+        self._acceptance.doubt()
         self.sizes = [n for n in SIZES if n < size] + [size]
         self.size = min(self.sizes, key=lambda n: abs(n - FIRST))
         """Nodes of the next step."""
-        self._met = np.zeros(size)
-        self._kept = np.zeros(size)
-        self._expected = np.concatenate([[1.0], 0.5 / np.arange(1, size)])
         self._step = 0
         self._last = dict.fromkeys(self.sizes, 0)
+        if self._acceptance.met.any():
+            self._decide()
 
     def add(self, paths: Sequence[Sequence[int]], seconds: float) -> None:
         """One step of the present size: the kept nodes of each row, and how long it took."""
         self._times.add(self._batch, self.size, seconds)
         self._step += 1
         self._last[self.size] = self._step
-        self._met *= FORGET
-        self._kept *= FORGET
-        self._met[: self.size] += len(paths)
-        for path in paths:
-            self._kept[path] += 1
+        self._acceptance.add(paths, self.size)
         if self._step % EVERY == 0 or self._times.known(self._batch, self.size) is None:
             self._decide()
-
-    def tokens(self) -> np.ndarray:
-        """Expected tokens of a row in a step of 1, 2, ... nodes."""
-        worth = (self._kept + DOUBT * self._expected) / (self._met + DOUBT)
-        return np.cumsum(worth)
 
     def _decide(self) -> None:
         if self._times.known(self._batch, self.size) is None:
             return  # once more
-        tokens = self.tokens()
+        tokens = self._acceptance.tokens()
         rates = {n: tokens[n - 1] / self._guess(n) for n in self.sizes}
         best = max(rates, key=lambda n: rates[n])
         stale = [n for n in self.sizes if self._step - self._last[n] > STALE and rates[n] > 0.8 * rates[best]]

@@ -168,6 +168,8 @@ class Source(ABC):
     passes: tuple[object, ...] = ()
     """Passes (`accelc.passes.Pass`) that add outputs to the steps, in the order in which `Proposer.observe` gets them.
     """
+    reads_all: bool = False
+    """Whether it needs what the passes add for every token; otherwise, for those before a proposal alone."""
 
     @abstractmethod
     def start(self, text: Text, sampler: TargetSampler, prompts: Sequence[TappedChunk]) -> Proposer:

@@ -53,9 +53,9 @@ class SpeculativeGeneration(Generation):
         text = self._text(logits.device, source.depth + 1)
         select = selector(self.params, self.seeds, self.prompts, logits)
         plain = PlainSteps(session, sampler, text, select, source.depth + 1)
-        chooser = SizeChooser(self.speculation.times, len(self.rows), source.size)
+        chooser = SizeChooser(self.speculation.times, len(self.rows), source.size, self.speculation.acceptance)
         readable = self._readable(logits)
-        active, counts = self.rows, [1] * len(self.rows)
+        active, counts, behind = self.rows, [1] * len(self.rows), False
         tokens = [[token] for token in plain.choose(logits)]
         plain.wait([token for (token,) in tokens], active)
         while True:
@@ -75,20 +75,22 @@ class SpeculativeGeneration(Generation):
                 plain.settle()
                 self._proposer = source.start(text, sampler, tapped)
             size = nodes or chooser.size
-            started = perf_counter()
-            if size == 1 and not source.passes:
+            started, catches_up = perf_counter(), False
+            if size == 1 and not source.reads_all:
                 self._proposer.skip()
+                behind = bool(source.passes)
                 chosen = plain.step(active)
                 plain.wait(chosen, active)
                 tokens, counts, paths = [[token] for token in chosen], [1] * len(chosen), [[0]] * len(active)
                 self.recorder.add_plain(len(active), perf_counter() - started)
             else:
                 plain.settle()
-                accepted, counts = self._speculate(self._proposer, text, sampler, size, active)
+                catches_up, behind = behind, False  # first what the passes add to the last token
+                accepted, counts = self._speculate(self._proposer, text, sampler, 1 if catches_up else size, active)
                 tokens, kept = accepted.tokens.tolist(), accepted.path.tolist()
                 paths = [kept[row.index][: counts[row.index]] for row in active]
             self.steps += 1
-            if nodes is None:
+            if nodes is None and not catches_up:
                 chooser.add(paths, perf_counter() - started)
 
     def _speculate(

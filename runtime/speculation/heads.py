@@ -61,6 +61,7 @@ class HeadDrafts(Source):
     ) -> None:
         self.drafting, self.passes, self.context, self.call = drafting, passes, context, call
         self.size, self.depth = size, depth
+        self.reads_all = context is not None
 
     def start(self, text: Text, sampler: TargetSampler, prompts: Sequence[TappedChunk]) -> Proposer:
         proposer = _FromLast(self) if self.context is None else _FromContext(self, self.context, text)

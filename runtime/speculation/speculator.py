@@ -8,7 +8,7 @@ from accelc.ir.errors import DraftError, TreeError
 from accelc.runtime.arguments import check_count
 from accelc.runtime.functions import Compile, Functions
 from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
-from accelc.runtime.speculation.choice import StepTimes
+from accelc.runtime.speculation.choice import Acceptance, StepTimes
 from accelc.runtime.speculation.draft import DRAFTERS, Drafter, Setting, Source
 from accelc.runtime.speculation.registry import made
 
@@ -31,6 +31,7 @@ class Speculation:
     rule: AcceptanceRule
     call: Functions
     times: StepTimes
+    acceptance: Acceptance
     nodes: int | None = None
     """Nodes that a step verifies; None: chosen by measurement."""
 
@@ -44,7 +45,7 @@ class Speculator:
     default: Wish
     compile_function: Compile | None
     room: int
-    _sources: dict[Drafter, Source] = field(default_factory=dict)
+    _sources: dict[Drafter, tuple[Source, Acceptance]] = field(default_factory=dict)
     _times: StepTimes = field(default_factory=StepTimes)
 
     def __post_init__(self) -> None:
@@ -66,10 +67,11 @@ class Speculator:
         if not self.room:
             raise DraftError("this decoder has no step for trees", remedy="Make it with accelc.compile.")
         if drafter not in self._sources:
-            self._sources[drafter] = drafter.bind(replace(setting, call=self.call))
-        source = self._sources[drafter]
+            source = drafter.bind(replace(setting, call=self.call))
+            self._sources[drafter] = source, Acceptance(source.size)
+        source, acceptance = self._sources[drafter]
         if source.size > self.room:
             raise TreeError(
                 f"{drafter.name} drafts trees of {source.size} nodes, and the caches have room for {self.room}"
             )
-        return Speculation(drafter.name, source, rule, self.call, self._times, nodes)
+        return Speculation(drafter.name, source, rule, self.call, self._times, acceptance, nodes)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from accelc.runtime.speculation.choice import SizeChooser, StepTimes
+from accelc.runtime.speculation.choice import Acceptance, SizeChooser, StepTimes
 
 
 def decode(chooser: SizeChooser, seconds: dict[int, float], accepted: float, steps: int, seed: int = 0) -> list[int]:
@@ -46,6 +46,14 @@ def test_what_is_measured_serves_the_next_generation() -> None:
     decode(SizeChooser(known, 1, 48), times(2), 0.3, 200)
     sizes = decode(SizeChooser(known, 1, 48), times(2), 0.3, 60, seed=1)
     assert not {12, 24, 48} & set(sizes)
+
+
+def test_a_drafter_that_was_never_right_is_not_believed_again() -> None:
+    known, acceptance = StepTimes(), Acceptance(48)
+    decode(SizeChooser(known, 1, 48, acceptance), times(2), 0.0, 200)
+    assert set(decode(SizeChooser(known, 1, 48, acceptance), times(2), 0.0, 60, seed=1)) == {1}
+    assert acceptance.met.max() <= 60  # an older text counts for little
+    assert decode(SizeChooser(known, 1, 48, acceptance), times(2), 0.95, 1000)[-1] >= 3  # but tried, later
 
 
 def test_a_text_that_changes() -> None:
