@@ -4,10 +4,10 @@
     python benchmarks/speculation.py --batch 1 --repeats 5 --prompts 6
 
 Every way decodes the same held-out prompts, the ways taking turns: plain, and with each drafter, here and (where it has
-a counterpart: batch 1) in transformers. Rates are medians over turns; a mean accepted length counts the token behind
-the accepted drafts. Heads (Medusa, Hydra, Hydra++) and the second model are trained on the text that the demo's model
-was trained on, once. The curve gives the time of a verifying step by its number of nodes, on which the choice of a tree
-rests.
+a counterpart: batch 1) in transformers. Rates are medians over turns. Tokens a step count the one behind the accepted
+drafts: as decoded, where plain steps are among them when those are faster, and where every step verifies all nodes.
+Heads (Medusa, Hydra, Hydra++) and the second model are trained on the text that the demo's model was trained on, once.
+The curve gives the time of a verifying step by its number of nodes, on which the choice of a tree rests.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from accelc.heads.drafters import drafter_for
 from accelc.heads.training import TrainSettings, train_heads
 from accelc.runtime.speculation.draft import Drafter
 from accelc.runtime.speculation.statistics import SpeculationStatistics
-from accelc.runtime.speculation.trees import RECYCLING, Tree
+from accelc.runtime.speculation.trees import LIMIT, RECYCLING, Tree
 from accelc.runtime.speculation.tuning import merged_accuracy
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,8 +72,10 @@ class Row:
     accepted: list[float] = field(default_factory=list)
     step_us: dict[str, float] = field(default_factory=dict)
     """Of one speculative step, by part: the last turn's mean."""
+    whole: float | None = None
+    """Tokens a step where every step verifies all nodes of the drafter."""
     accuracy: list[list[float]] = field(default_factory=list)
-    """By depth and rank, over all turns: how often a candidate below an accepted path was right."""
+    """By depth and rank, there: how often a candidate below an accepted path was right."""
 
     @property
     def rate(self) -> float:
@@ -109,6 +111,11 @@ def main(
                 runs.append(run)
     for row, run in track(list(zip(rows, runs, strict=True)), "warming up", console=console):
         run(texts[: row.batch], 8)
+    for row, run in track(list(zip(rows, runs, strict=True)), "whole trees", console=console):
+        if whole := getattr(run, "whole", None):
+            found = [whole(group, new_tokens) for group in groups_of(texts, row.batch)]
+            row.whole = sum(f.tokens for f in found) / sum(f.row_steps for f in found)
+            row.accuracy = merged_accuracy(found)
     for _ in track(range(repeats), "decoding in turns", console=console):
         for row, run in zip(rows, runs, strict=True):
             turn(row, run, texts, new_tokens)
@@ -174,21 +181,22 @@ def ways(
 
 
 def ours(decoder: accelc.CompiledDecoder, temperature: float, draft: Drafter | bool) -> Run:
-    sampling = accelc.SamplingParams(temperature=temperature)
-    recorded: list[SpeculationStatistics] = []
+    common = {"ignore_eos": True, "sampling": accelc.SamplingParams(temperature=temperature), "seed": 0, "draft": draft}
+
+    def whole(prompts: list[torch.Tensor], new: int) -> SpeculationStatistics:
+        found = decoder.generate(prompts, max_new_tokens=new, draft_nodes=LIMIT, **common).statistics.speculation
+        assert found is not None
+        return found
 
     def run(prompts: list[torch.Tensor], new: int) -> tuple[int, float, float]:
-        result = decoder.generate(
-            prompts, max_new_tokens=new, ignore_eos=True, sampling=sampling, seed=0, draft=draft
-        ).statistics
+        result = decoder.generate(prompts, max_new_tokens=new, **common).statistics
         found = result.speculation
-        if found is not None:
-            recorded.append(found)
         length = found.mean_accepted_length if found else 1.0
         run.seconds = {} if found is None else {p: s / result.steps * 1e6 for p, s in found.seconds.items()}  # type: ignore[attr-defined]
         return result.new_tokens - result.batch, result.total_seconds - result.first_token_seconds, length
 
-    run.recorded = recorded  # type: ignore[attr-defined]
+    if draft is not False:
+        run.whole = whole  # type: ignore[attr-defined]
     return run
 
 
@@ -221,15 +229,16 @@ def of_transformers(trained: Trained, temperature: float, options: dict[str, Any
     return run
 
 
+def groups_of(texts: list[torch.Tensor], batch: int) -> list[list[torch.Tensor]]:
+    return [texts[i : i + batch] for i in range(0, len(texts) - batch + 1, batch)]
+
+
 def turn(row: Row, run: Run, texts: list[torch.Tensor], new_tokens: int) -> None:
     """All prompts once."""
-    groups = [texts[i : i + row.batch] for i in range(0, len(texts) - row.batch + 1, row.batch)]
-    found = [run(group, new_tokens) for group in groups]
+    found = [run(group, new_tokens) for group in groups_of(texts, row.batch)]
     row.rates.append(sum(f[0] for f in found) / sum(f[1] for f in found))
     row.accepted.append(mean(f[2] for f in found))
     row.step_us = getattr(run, "seconds", {})
-    if recorded := getattr(run, "recorded", []):
-        row.accuracy = merged_accuracy(recorded)
 
 
 def step_times(decoder: accelc.CompiledDecoder, prompt: torch.Tensor, repeats: int = 30) -> dict[int, float]:
@@ -254,6 +263,7 @@ HEADINGS = (
     "tokens/s",
     "of plain",
     "tokens a step",
+    "with all nodes",
     "us: draft / verify / accept / update",
 )
 
@@ -263,7 +273,7 @@ def figures(row: Row, rows: list[Row]) -> list[str]:
     parts = " / ".join(f"{us:.0f}" for us in row.step_us.values())
     return [
         row.way, str(row.batch), f"{row.temperature:g}", f"{row.rate:.0f}", f"{row.rate / base.rate:.2f}x",
-        f"{mean(row.accepted):.2f}", parts,
+        f"{mean(row.accepted):.2f}", "" if row.whole is None else f"{row.whole:.2f}", parts,
     ]  # fmt: skip
 
 

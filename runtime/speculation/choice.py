@@ -16,6 +16,8 @@ SIZES = (1, 3, 6, 12, 24, 48, 96)
 FIRST = 6
 EVERY = 4
 """Steps from one decision to the next."""
+PLAIN = 8
+"""The same while nothing is drafted."""
 STALE = 400
 """Steps after which the time of a size that is not much worse is measured again."""
 
@@ -66,6 +68,11 @@ class Acceptance:
         for path in paths:
             self.kept[path] += 1
 
+    def fade(self, steps: int) -> None:
+        """So many steps without drafts."""
+        self.met *= FADE**steps
+        self.kept *= FADE**steps
+
     def doubt(self) -> None:
         """Another text begins: what was seen counts for `SEEN` steps at most."""
         share = min(1.0, SEEN / max(1.0, *self.met[1:]))
@@ -89,11 +96,13 @@ class SizeChooser:
         self._acceptance = acceptance or Acceptance(size)
         self._acceptance.doubt()
         self.sizes = [n for n in SIZES if n < size] + [size]
-        self.size = min(self.sizes, key=lambda n: abs(n - FIRST))
+        self.size = self._first = min(self.sizes, key=lambda n: abs(n - FIRST))
         """Nodes of the next step."""
         self._step = 0
         self._last = dict.fromkeys(self.sizes, 0)
-        if self._acceptance.met.any():
+        if times.known(batch, 1) is None:
+            self.size = 1  # what the others are compared with
+        else:
             self._decide()
 
     def add(self, paths: Sequence[Sequence[int]], seconds: float) -> None:
@@ -102,10 +111,29 @@ class SizeChooser:
         self._step += 1
         self._last[self.size] = self._step
         self._acceptance.add(paths, self.size)
-        if self._step % EVERY == 0 or self._times.known(self._batch, self.size) is None:
+        if self._step % EVERY == 0:
             self._decide()
 
+    def add_plain(self, seconds: float) -> None:
+        """One step of size 1."""
+        self._times.add(self._batch, 1, seconds)
+        self._step += 1
+        self._last[1] = self._step
+        if self._step % PLAIN == 0:
+            self._acceptance.fade(PLAIN)
+            self._decide()
+        elif self._times.known(self._batch, 1) is not None and not self._drafted:
+            self._decide()  # no need to wait
+
+    @property
+    def _drafted(self) -> bool:
+        """Whether any draft was verified yet."""
+        return bool(self._acceptance.met[1:].any())
+
     def _decide(self) -> None:
+        if not self._drafted:
+            self.size = self._first
+            return
         if self._times.known(self._batch, self.size) is None:
             return  # once more
         tokens = self._acceptance.tokens()

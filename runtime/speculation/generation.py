@@ -75,23 +75,26 @@ class SpeculativeGeneration(Generation):
                 plain.settle()
                 self._proposer = source.start(text, sampler, tapped)
             size = nodes or chooser.size
-            started, catches_up = perf_counter(), False
+            started = perf_counter()
             if size == 1 and not source.reads_all:
                 self._proposer.skip()
                 behind = bool(source.passes)
                 chosen = plain.step(active)
                 plain.wait(chosen, active)
-                tokens, counts, paths = [[token] for token in chosen], [1] * len(chosen), [[0]] * len(active)
-                self.recorder.add_plain(len(active), perf_counter() - started)
+                tokens, counts = [[token] for token in chosen], [1] * len(chosen)
+                seconds = perf_counter() - started
+                self.recorder.add_plain(len(active), seconds)
+                if nodes is None:
+                    chooser.add_plain(seconds)
             else:
                 plain.settle()
                 catches_up, behind = behind, False  # first what the passes add to the last token
                 accepted, counts = self._speculate(self._proposer, text, sampler, 1 if catches_up else size, active)
                 tokens, kept = accepted.tokens.tolist(), accepted.path.tolist()
-                paths = [kept[row.index][: counts[row.index]] for row in active]
+                if nodes is None and not catches_up:
+                    paths = [kept[row.index][: counts[row.index]] for row in active]
+                    chooser.add(paths, perf_counter() - started)
             self.steps += 1
-            if nodes is None and not catches_up:
-                chooser.add(paths, perf_counter() - started)
 
     def _speculate(
         self, proposer: Proposer, text: Text, sampler: TargetSampler, size: int, active: Sequence[Row]

@@ -15,7 +15,7 @@ from accelc.runtime.speculation.target import TargetSampler
 
 
 class PlainSteps:
-    """Chooses and runs one token a row. Text and sampler learn of the tokens when they are needed: at `settle`."""
+    """Chooses and runs one token a row. The text learns of the tokens when it is needed: at `settle`."""
 
     def __init__(self, session: Session, sampler: TargetSampler, text: Text, select: Selector, width: int) -> None:
         """select: of plain decoding, used where nothing is drawn or penalised; width: tokens that go to the text at
@@ -23,14 +23,16 @@ class PlainSteps:
         """
         self._session, self._sampler, self._text, self._width = session, sampler, text, width
         self._select = select
+        self._chosen: Tensor | None = None
+        """[B], where the sampler must know them."""
         self._waiting: list[list[int]] = [[] for _ in range(session.batch)]
 
     def choose(self, logits: Tensor) -> list[int]:
         """The next token of each row from its logits [B, V]; -1 where they are not finite."""
         if self._sampler.plain_greedy:
             return self._select(logits)
-        self.settle()
-        return self._sampler.following(logits).tolist()
+        self._chosen = self._sampler.following(logits)
+        return self._chosen.tolist()
 
     def step(self, active: Sequence[Row]) -> list[int]:
         """Run the last token of the active rows; the next one of all rows. Call `wait` for those that are taken."""
@@ -40,12 +42,14 @@ class PlainSteps:
         return self.choose(self._session.decode(tokens))
 
     def wait(self, tokens: Sequence[int], active: Sequence[Row]) -> None:
-        """These tokens, one a row, follow in the text."""
+        """These tokens, one a row, which were chosen last, follow in the text."""
+        if self._chosen is not None:
+            self._sampler.count(self._chosen[:, None], self._session.active, 1)
         for row in active:
             self._waiting[row.index].append(tokens[row.index])
 
     def settle(self) -> None:
-        """Text and sampler get what waits."""
+        """The text gets what waits."""
         longest = max(map(len, self._waiting))
         device = self._text.lengths.device
         for begin in range(0, longest, self._width):
@@ -53,6 +57,5 @@ class PlainSteps:
             counts = torch.tensor([len(part) for part in parts], device=device)
             padded = torch.tensor([part + [0] * (self._width - len(part)) for part in parts], device=device)
             self._text.append(padded, counts)
-            self._sampler.count(padded, counts, max(map(len, parts)))
         if longest:
             self._waiting = [[] for _ in self._waiting]

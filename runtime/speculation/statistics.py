@@ -98,7 +98,7 @@ def rates_table(title: str, what: str, rates: Sequence[Sequence[float | None]], 
     """Rates by rank, a row for each of what is numbered from `first` on; None is not known."""
     table = Table(title=title, title_justify="left")
     for name in (what, *map(str, range(max(map(len, rates), default=0)))):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=4)
     for number, row in enumerate(rates, first):
         table.add_row(str(number), *("" if rate is None else f"{rate:.2f}" for rate in row))
     return table

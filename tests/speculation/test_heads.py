@@ -172,6 +172,9 @@ class Changing(SizeChooser):
         self._step += 1
         self.size = (8, 1, 1, 8, 8, 1)[self._step % 6]
 
+    def add_plain(self, seconds: float) -> None:
+        self.add((), seconds)
+
 
 @pytest.mark.parametrize("nodes", [8, None], ids=["always", "now and then"])
 @pytest.mark.parametrize("prefix", [False, True], ids=["last", "prefix"])
