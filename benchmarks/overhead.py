@@ -44,9 +44,7 @@ class Overhead:
 
 def measure_demo_model(new_tokens: int = 200) -> Overhead:
     """`measure` on the architecture that the demo trains, with random weights."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(model_config(Settings(), end_token=0)).eval()
-    return measure(model, torch.randint(model.config.vocab_size, (1, 16)), new_tokens)
+    return measure(*random_demo_model(), new_tokens)
 
 
 def measure(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, what: str = "step", **options) -> Overhead:
@@ -91,13 +89,16 @@ def measure(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, what:
 
 def measure_speculation(new_tokens: int = 200) -> Overhead:
     """The same of a step that drafts, verifies and keeps a path of a tree of 8 nodes."""
+    tree = RECYCLING.cut(8)
+    options = {"draft": accelc.TokenRecycling(tree), "draft_nodes": tree.size}
+    return measure(*random_demo_model(), new_tokens, "speculative step", **options)
+
+
+def random_demo_model() -> tuple[torch.nn.Module, torch.Tensor]:
+    """The architecture that the demo trains, with random weights, and a prompt [1, 16]."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(model_config(Settings(), end_token=0)).eval()
-    prompt = torch.randint(model.config.vocab_size, (1, 16))
-    tree = RECYCLING.cut(8)
-    return measure(
-        model, prompt, new_tokens, "speculative step", draft=accelc.TokenRecycling(tree), draft_nodes=tree.size
-    )
+    return model, torch.randint(model.config.vocab_size, (1, 16))
 
 
 def per_step(calls: list[tuple[float, float]], steps: int) -> list[tuple[float, float]]:

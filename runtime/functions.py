@@ -78,9 +78,8 @@ class Functions:
     def _run(self, name: object, step: TensorFunction, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         last = self._last.get(name, ())
         self._last[name] = inputs
-        if len(last) != len(inputs) or any(a is not b for a, b in zip(last, inputs)):
-            return step(*[tensor.contiguous() for tensor in inputs])
-        if not all(tensor.is_contiguous() for tensor in inputs):
+        again = len(last) == len(inputs) and all(a is b for a, b in zip(last, inputs))
+        if not again or not all(tensor.is_contiguous() for tensor in inputs):
             return step(*[tensor.contiguous() for tensor in inputs])
         call = self._bound[(name, *map(id, inputs))] = bound(step, *inputs)
         if len(self._bound) > KEPT:

@@ -29,9 +29,14 @@ def selector(
 ) -> Selector:
     """The cheapest selector that does what ``params`` ask for, one per row, for logits like ``like`` [B, V]."""
     if all(p == SamplingParams() for p in params):
-        return LikeliestOnHost() if like.device.type == "cpu" else lambda logits: likeliest(logits).tolist()
+        return greedy_selector(like.device)
     sampler = Sampler(params, seeds, prompts, like)
     return lambda logits: sampler(logits).tolist()
+
+
+def greedy_selector(device: torch.device) -> Selector:
+    """Takes the likeliest token of each row, from logits on a device."""
+    return LikeliestOnHost() if device.type == "cpu" else lambda logits: likeliest(logits).tolist()
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
-from accelc.runtime.selection import selector
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.choice import SizeChooser
 from accelc.runtime.speculation.draft import Accepted, Draft, Proposer, Text
@@ -51,8 +50,7 @@ class SpeculativeGeneration(Generation):
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
         text = self._text(logits.device, source.depth + 1)
-        select = selector(self.params, self.seeds, self.prompts, logits)
-        plain = PlainSteps(session, sampler, text, select, source.depth + 1)
+        plain = PlainSteps(session, sampler, text, source.depth + 1)
         chooser = SizeChooser(self.speculation.times, len(self.rows), source.size, self.speculation.acceptance)
         readable = self._readable(logits)
         active, counts, behind = self.rows, [1] * len(self.rows), False

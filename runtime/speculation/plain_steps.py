@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accelc.runtime.generation import Row
-from accelc.runtime.selection import Selector
+from accelc.runtime.selection import greedy_selector
 from accelc.runtime.session import Session
 from accelc.runtime.speculation.draft import Text
 from accelc.runtime.speculation.target import TargetSampler
@@ -17,12 +17,10 @@ from accelc.runtime.speculation.target import TargetSampler
 class PlainSteps:
     """Chooses and runs one token a row. The text learns of the tokens when it is needed: at `settle`."""
 
-    def __init__(self, session: Session, sampler: TargetSampler, text: Text, select: Selector, width: int) -> None:
-        """select: of plain decoding, used where nothing is drawn or penalised; width: tokens that go to the text at
-        once.
-        """
+    def __init__(self, session: Session, sampler: TargetSampler, text: Text, width: int) -> None:
+        """width: tokens that go to the text at once."""
         self._session, self._sampler, self._text, self._width = session, sampler, text, width
-        self._select = select
+        self._likeliest = greedy_selector(text.tokens.device)
         self._chosen: Tensor | None = None
         """[B], where the sampler must know them."""
         self._waiting: list[list[int]] = [[] for _ in range(session.batch)]
@@ -30,7 +28,7 @@ class PlainSteps:
     def choose(self, logits: Tensor) -> list[int]:
         """The next token of each row from its logits [B, V]; -1 where they are not finite."""
         if self._sampler.plain_greedy:
-            return self._select(logits)
+            return self._likeliest(logits)
         self._chosen = self._sampler.following(logits)
         return self._chosen.tolist()
 
