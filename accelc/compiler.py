@@ -198,7 +198,7 @@ def compile(
         tokenizer=tokenizer,
         before_call=Watch(model, programs.values(), derived, agrees),
         trees=trees,
-        compile_function=compile_function if backend == "native" else None,
+        compile_function=compile_function if backend == "native" or device.type != "cpu" else None,
         draft=draft,
         accept=accept,
         draft_nodes=draft_nodes,

@@ -103,13 +103,21 @@ def torchao(weight: QuantizedWeight) -> tuple[Product, int]:
     layer = torch.nn.Linear(weight.columns, weight.rows, bias=False, device="cuda", dtype=torch.bfloat16)
     layer.weight.data = weight.dequantize(torch.bfloat16)
     if weight.scheme.bits == 8:
-        quantize_(layer, Int8WeightOnlyConfig())
-        return layer, weight.rows * weight.columns + 2 * weight.rows
+        # Made for torch.compile: run as it is, it would write the weight out in bf16.
+        quantize_(layer, Int8WeightOnlyConfig(version=2))
+        linear = compiled_linear()
+        return lambda x: linear(x, layer.weight), weight.rows * weight.columns + 2 * weight.rows
     options: dict[str, Any] = {"group_size": weight.scheme.group}
     if "int4_packing_format" in inspect.signature(Int4WeightOnlyConfig).parameters:
         options["int4_packing_format"] = "tile_packed_to_4d"  # the layout of its kernel for GPUs
     quantize_(layer, Int4WeightOnlyConfig(**options))
     return layer, weight.rows * weight.columns // 2 + 4 * weight.rows * weight.columns // weight.scheme.group
+
+
+@functools.cache
+def compiled_linear() -> Callable[[Tensor, Tensor], Tensor]:
+    torch._dynamo.config.recompile_limit = 64  # one for each shape
+    return torch.compile(torch.nn.functional.linear, dynamic=False)
 
 
 def gemlite(weight: QuantizedWeight) -> tuple[Product, int]:
@@ -304,18 +312,8 @@ def main(
     console.print(f"{torch.cuda.get_device_name()}: a copy moves {limit / 1e9:.0f} GB/s")
     samples: list[Sample] = []
     missing: dict[str, str] = {}
-    for scheme in parsed:
-        for matrix in MATRICES:
-            for name in names:
-                found, reason = measure(name, scheme, matrix, counts, tune, limit)
-                samples += found
-                if reason:
-                    missing[f"{name}, {scheme}, {matrix}"] = reason
-        for table in tables(samples, str(scheme), counts):
-            console.print(table)
-    for who, reason in missing.items():
-        console.print(f"{who}: {reason}")
-    if output is not None:
+
+    def write() -> None:
         record = {
             "environment": describe(),
             "gpu": torch.cuda.get_device_name(),
@@ -324,7 +322,21 @@ def main(
             "missing": missing,
             "tiles": TUNED,
         }
-        output.write_text(json.dumps(record, indent=1) + "\n")
+        if output is not None:
+            output.write_text(json.dumps(record, indent=1) + "\n")
+
+    for scheme in parsed:
+        for name in names:
+            for matrix in MATRICES:
+                found, reason = measure(name, scheme, matrix, counts, tune, limit)
+                samples += found
+                if reason:
+                    missing[f"{name}, {scheme}, {matrix}"] = reason
+            write()  # a peer may take long to tune itself, and may be cut short
+        for table in tables(samples, str(scheme), counts):
+            console.print(table)
+    for who, reason in missing.items():
+        console.print(f"{who}: {reason}")
 
 
 if __name__ == "__main__":

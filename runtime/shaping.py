@@ -37,7 +37,7 @@ class Shaping:
         self._candidates = max((min(p.top_k or CANDIDATES, CANDIDATES) for p in params if p.top_p < 1), default=1)
         self.samples = any(not p.greedy for p in params)
         self.penalizes = any(p.repetition_penalty != 1 for p in params)
-        self._cuts_k = any(p.top_k > 0 for p in params)
+        self._most_k = max((p.top_k for p in params), default=0)
         self._cuts_p = any(p.top_p < 1 for p in params)
         self._cuts_min = any(p.min_p > 0 for p in params)
 
@@ -57,8 +57,8 @@ class Shaping:
     def filter(self, scores: Tensor) -> Tensor:
         """Temperature and filters; what is filtered out is -inf."""
         scores = apply_temperature(scores, self._temperature)
-        if self._cuts_k:
-            scores = keep_top_k(scores, self._k)
+        if self._most_k:
+            scores = keep_top_k(scores, self._k, self._most_k)
         if self._cuts_p:
             scores = keep_top_p(scores, self._p, self._candidates)
         return keep_min_p(scores, self._min) if self._cuts_min else scores
@@ -83,6 +83,8 @@ class Uniforms:
     def reach(self, count: int) -> Tensor:
         """The first `count` numbers of each row, or more: [B, >= count] float64."""
         while self._known.shape[1] < count:
-            blocks = [torch.rand(DRAWS, dtype=torch.float64, generator=g) for g in self._generators]
-            self._known = torch.cat([self._known, torch.stack(blocks).to(self._device)], dim=1)
+            block = torch.stack([torch.rand(DRAWS, dtype=torch.float64, generator=g) for g in self._generators])
+            if self._device.type == "cuda":  # from pinned memory, so that the host need not wait
+                block = block.pin_memory().to(self._device, non_blocking=True)
+            self._known = torch.cat([self._known, block.to(self._device)], dim=1)
         return self._known

@@ -8,6 +8,7 @@ from time import perf_counter
 
 import torch
 
+from accelc.runtime.clock import Mark, clock_of
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
 from accelc.runtime.session import TappedChunk
@@ -31,6 +32,9 @@ class SpeculativeGeneration(Generation):
     """Of trees that were cut."""
     _root: Layout | None = None
     """Of a step without drafts."""
+
+    def __post_init__(self) -> None:
+        self._clock = clock_of(self.session.steps.device)
 
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
@@ -87,33 +91,33 @@ class SpeculativeGeneration(Generation):
             else:
                 plain.settle()
                 catches_up, behind = behind, False  # first what the passes add to the last token
-                accepted, counts = self._speculate(self._proposer, text, sampler, 1 if catches_up else size, active)
-                tokens, kept = accepted.tokens.tolist(), accepted.path.tolist()
+                draft, accepted, marks = self._speculate(self._proposer, text, sampler, 1 if catches_up else size)
+                counts, tokens = accepted.counts.tolist(), accepted.tokens.tolist()  # here the host waits
+                sampler.count(accepted.tokens, accepted.counts, max(counts))
+                self.recorder.add(draft, accepted, [row.index for row in active], self._clock.seconds(marks))
                 if nodes is None and not catches_up:
+                    kept = accepted.path.tolist()
                     paths = [kept[row.index][: counts[row.index]] for row in active]
                     chooser.add(paths, perf_counter() - started)
             self.steps += 1
 
     def _speculate(
-        self, proposer: Proposer, text: Text, sampler: TargetSampler, size: int, active: Sequence[Row]
-    ) -> tuple[Accepted, list[int]]:
-        """Draft, verify and keep a path: what is kept, and how many tokens each row takes, 0 where it has ended."""
-        session, times = self.session, [perf_counter()]
+        self, proposer: Proposer, text: Text, sampler: TargetSampler, size: int
+    ) -> tuple[Draft, Accepted, list[Mark]]:
+        """Draft, verify, keep a path and learn from it, without waiting for the device; marks begin and end each."""
+        session, mark = self.session, self._clock.mark
+        marks = [mark()]
         draft = self._draft(proposer, text, size)
-        times.append(perf_counter())
+        marks.append(mark())
         logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
-        session.synchronize()
-        times.append(perf_counter())
+        marks.append(mark())
         accepted = self.speculation.rule.accept(Target(sampler, draft, logits, session.active))
         session.commit(accepted.path, accepted.counts)
-        times.append(perf_counter())
+        marks.append(mark())
         proposer.observe(draft, logits, accepted, session.taps)
         text.append(accepted.tokens, accepted.counts)
-        counts = accepted.counts.tolist()
-        sampler.count(accepted.tokens, accepted.counts, max(counts))
-        times.append(perf_counter())
-        self.recorder.add(draft, accepted, [row.index for row in active], times)
-        return accepted, counts
+        marks.append(mark())
+        return draft, accepted, marks
 
     def _draft(self, proposer: Proposer, text: Text, size: int) -> Draft:
         """A tree of at most `size` nodes."""

@@ -118,11 +118,11 @@ class Recorder:
     _plain: int = 0
     """Row-steps without a tree."""
 
-    def add(self, draft: Draft, accepted: Accepted, rows: list[int], times: Sequence[float]) -> None:
-        """One step; `times`: begin and end of its parts."""
-        for part, begin, end in zip(PARTS, times, times[1:]):
-            self.seconds[part] += end - begin
-        self._times.setdefault(draft.layout.size, []).append(times[-1] - times[0])
+    def add(self, draft: Draft, accepted: Accepted, rows: list[int], seconds: Sequence[float]) -> None:
+        """One step; `seconds` of its parts."""
+        for part, took in zip(PARTS, seconds, strict=True):
+            self.seconds[part] += took
+        self._times.setdefault(draft.layout.size, []).append(sum(seconds))
         # The next step may write to its tensors.
         self._steps.append((draft.layout, draft.tokens.tolist(), accepted.node.tolist(), rows))
 

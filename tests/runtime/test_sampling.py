@@ -30,8 +30,8 @@ def every(value, dtype=torch.float32):
     ("ours", "theirs"),
     [
         (lambda s: apply_temperature(s, every(0.7)), hf.TemperatureLogitsWarper(0.7)),
-        (lambda s: keep_top_k(s, every(5, torch.int64)), hf.TopKLogitsWarper(5)),
-        (lambda s: keep_top_k(s, every(500, torch.int64)), hf.TopKLogitsWarper(500)),
+        (lambda s: keep_top_k(s, every(5, torch.int64), 5), hf.TopKLogitsWarper(5)),
+        (lambda s: keep_top_k(s, every(500, torch.int64), 500), hf.TopKLogitsWarper(500)),
         (lambda s: keep_top_p(s, every(0.8)), hf.TopPLogitsWarper(0.8)),
         (lambda s: keep_top_p(s, every(0.01)), hf.TopPLogitsWarper(0.01)),
         (lambda s: keep_min_p(s, every(0.1)), hf.MinPLogitsWarper(0.1)),
@@ -55,7 +55,7 @@ def test_the_repetition_penalty_equals_that_of_transformers():
 
 def test_each_row_has_its_own_settings():
     k = torch.tensor([1, 3, 0, 50])
-    assert keep_top_k(SCORES, k).isfinite().sum(-1).tolist() == [1, 3, 50, 50]
+    assert keep_top_k(SCORES, k, 50).isfinite().sum(-1).tolist() == [1, 3, 50, 50]
     p = torch.tensor([1e-6, 0.5, 1.0, 0.9])
     alone = [keep_top_p(SCORES[i : i + 1], p[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(keep_top_p(SCORES, p), torch.cat(alone))
