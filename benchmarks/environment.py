@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "triton", "llama-cpp-python", "ctranslate2", "openvino", "torchao")
+PACKAGES = ("torch", "transformers", "triton", "llama-cpp-python", "ctranslate2", "openvino", "torchao", "gemlite")
 
 
 def describe() -> dict:
