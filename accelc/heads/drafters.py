@@ -130,7 +130,7 @@ def _bound(
         form: nn.Module = (
             DynamicDraft(heads, backbone.embed, nodes, width) if cut is None else FixedDraft(heads, backbone.embed, cut)
         )
-        program = draft_program(base, heads, form, backbone)
+        program = draft_program(base, heads, form.to(setting.device), backbone)
         run = compile_step(program if smaller is None else smaller.run(program))
         return Drafting(run, None if cut is None else cut.layout(setting.device), width)
 
