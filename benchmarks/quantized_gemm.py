@@ -119,17 +119,30 @@ def torchao(weight: QuantizedWeight) -> tuple[Product, int]:
 
 
 @functools.cache
+def load_gemlite_tiles() -> None:
+    """Those of the H100 for every Hopper GPU: it has none for the others, which run the same code; measuring all of
+    its tiles takes many minutes.
+    """
+    import gemlite as module
+
+    folder = Path(module.__file__).parent / "configs"
+    if torch.cuda.get_device_capability() == (9, 0):
+        module.load_config(str(folder / "h100.json"))
+
+
+@functools.cache
 def compiled_linear() -> Callable[[Tensor, Tensor], Tensor]:
     torch._dynamo.config.recompile_limit = 64  # one for each shape
     return torch.compile(torch.nn.functional.linear, dynamic=False)
 
 
 def gemlite(weight: QuantizedWeight) -> tuple[Product, int]:
-    """gemlite's Triton kernels, tuned by itself."""
+    """gemlite's Triton kernels, with the tiles that it brings for the GPU."""
     try:
         from gemlite.core import DType, GemLiteLinearTriton
     except ImportError as error:
         raise Unavailable("gemlite is not installed") from error
+    load_gemlite_tiles()
     scheme = weight.scheme
     layer = GemLiteLinearTriton(
         scheme.bits, scheme.group or weight.columns, weight.columns, weight.rows, DType.BF16, DType.BF16

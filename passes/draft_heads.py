@@ -55,7 +55,7 @@ class DraftHeads(Pass):
         with graph.inserting_after(last):
             root = graph.placeholder("root")
         with graph.inserting_before(graph.output_node()):
-            given = {HIDDEN: choose_row(graph, hidden, last), "root": root}
+            given = {HIDDEN: choose_row(graph, hidden, last, self.heads.device), "root": root}
             results = _inline(program, self.heads, given)
         graph.output_node().args = (results,)
         graph.eliminate_dead_code()

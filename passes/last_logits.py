@@ -42,23 +42,23 @@ class LastLogits(Pass):
             last = graph.placeholder("last")
         if target is logits:
             with graph.inserting_before(graph.output_node()):
-                chosen = choose_row(graph, target, last)
+                chosen = choose_row(graph, target, last, program.device)
             returned = list(graph.output_node().args[0])  # type: ignore[arg-type]
             returned[program.outputs.index("logits")] = chosen
             graph.output_node().args = (tuple(returned),)
         else:
             (user,) = readers(target)
             with graph.inserting_before(user):
-                user.replace_input_with(target, choose_row(graph, target, last))
+                user.replace_input_with(target, choose_row(graph, target, last, program.device))
         graph.eliminate_dead_code()
         program.module.recompile()
         program = replace(program, name="prefill", inputs=(*program.inputs, "last"))
         return PassResult(program, 1, (f"chosen at {target.name}",))
 
 
-def choose_row(graph: fx.Graph, value: fx.Node, last: fx.Node) -> fx.Node:
-    """value [B, N, C] at row last[b]: [B, 1, C]."""
+def choose_row(graph: fx.Graph, value: fx.Node, last: fx.Node, device: torch.device) -> fx.Node:
+    """value [B, N, C], on a device, at row last[b]: [B, 1, C]."""
     batch = graph.call_function(aten.sym_size.int, (last, 0))
-    rows = graph.call_function(aten.arange.default, (batch,))
+    rows = graph.call_function(aten.arange.default, (batch,), {"device": device})
     chosen = graph.call_function(aten.index.Tensor, (value, [rows, last]))
     return graph.call_function(aten.unsqueeze.default, (chosen, 1))
