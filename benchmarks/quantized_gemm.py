@@ -353,7 +353,7 @@ def main(
                 samples += found
                 if reason:
                     missing[f"{name}, {scheme}, {matrix}"] = reason
-            write()  # a peer may take long to tune itself, and may be cut short
+                write()  # a peer may take long to tune itself, and may be cut short
         for table in tables(samples, str(scheme), counts):
             console.print(table)
         for name in names:
