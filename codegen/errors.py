@@ -25,7 +25,7 @@ class RegionError(CompileError):
 
 
 class MutationError(CompileError):
-    """A program writes to a tensor by something other than accelc::cache_update."""
+    """A program writes to a tensor by something other than the dialect's updates."""
 
     remedy = "Functionalise the graph (torch.export's run_decompositions({})) before compiling it."
 

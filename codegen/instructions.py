@@ -317,6 +317,13 @@ def cache_update(out: None, cache: Array, value: Array, lengths: Array, dim: int
     return [Instruction("cache_update", (cache, value, lengths), (0,), (dim % cache.ndim,), raw=same)]
 
 
+@rule(ops.scatter_rows.default)
+def scatter_rows(out: None, table: Array, rows: Array, values: Array):
+    """One cache of all rows for each of them, in which it starts where it says."""
+    caches = table.unsqueeze(0).expand((values.size[0], *table.size))
+    return cache_update(out, caches, values.unsqueeze(1), rows, 1)
+
+
 def code(array: Array, raw: bool) -> int:
     """The dtype code that a kernel sees."""
     return CODES[array.dtype] if array.dtype in CODES else BY_ITEMSIZE[array.dtype.itemsize] if raw else -1

@@ -22,9 +22,8 @@ from accelc.codegen.arrays import Array
 from accelc.codegen.errors import MutationError
 from accelc.codegen.instructions import RULES, Instruction
 from accelc.ir.compat import storage_key
+from accelc.ir.dialect import UPDATES
 from accelc.ir.errors import around
-
-UPDATE = torch.ops.accelc.cache_update.default
 
 
 @dataclass
@@ -108,7 +107,7 @@ def _classify(
             continue
         if node.target is operator.getitem and kinds[node.args[0]] in ("foreign", "constant"):
             kinds[node] = kinds[node.args[0]]
-        elif node.target is UPDATE:
+        elif node.target in UPDATES:
             kinds[node] = "native" if lower(node, values.__getitem__, array) is not None else "foreign"
         elif not tensors_in(value):
             kinds[node] = "size"
@@ -149,7 +148,7 @@ def _levels(graph: fx.Graph, values: Mapping[fx.Node, Any], kinds: Mapping[fx.No
         keys = {storage_key(t) for n in node.all_input_nodes for t in tensors_in(values[n])}
         if kinds[node] in ("native", "foreign"):  # in-place writes order what touches the same storage
             before += [written[k] for k in keys if k in written]
-            if node.target is UPDATE:
+            if node.target in UPDATES:
                 target = storage_key(values[node.args[0]])
                 before += readers[target]
                 written[target] = node

@@ -12,9 +12,12 @@ from torch import Tensor
 
 TensorFunction: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """From tensors to tensors, whose sizes follow from theirs; no values are read. May write to a tensor through the
-operation ``accelc::cache_update`` alone."""
+operations ``accelc::cache_update`` and ``accelc::scatter_rows`` alone."""
 Compile: TypeAlias = Callable[[TensorFunction, Sequence[Tensor]], TensorFunction]
 """compile(function, examples): the function for tensors of these sizes and dtypes."""
+
+Call: TypeAlias = Callable[[], tuple[Tensor, ...]]
+"""A function with the tensors that it reads and writes at each call."""
 
 KEPT = 256
 """Compiled functions that a decoder keeps, each for one set of sizes; and bound ones, each for one set of tensors. A
@@ -22,7 +25,7 @@ drafter takes some five for each size of its trees and each batch.
 """
 
 
-def bound(step: Any, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def bound(step: Any, *inputs: Tensor) -> Call:
     """A step with tensors that it reads and writes in place at each call; what a call returns, the next overwrites."""
     return step.bind(*inputs) if hasattr(step, "bind") else functools.partial(step, *inputs)
 
@@ -45,21 +48,25 @@ class Functions:
         self._known: OrderedDict[tuple[Any, ...], TensorFunction] = OrderedDict()
         self._last: dict[Any, tuple[Tensor, ...]] = {}
         """What a function was called with last."""
-        self._bound: OrderedDict[tuple[Any, ...], Callable[[], tuple[Tensor, ...]]] = OrderedDict()
+        self._bound: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         """By function and identities of tensors, which the bound call holds."""
+        self.made: list[Call | None] | None = None
+        """Where it is a list: the calls made since, None for those that are not bound."""
 
     def __call__(self, function: TensorFunction, *inputs: Tensor) -> tuple[Tensor, ...]:
         """function(*inputs). The function is told from others by its identity: make partial ones once."""
         if again := self._bound.get((function, *map(id, inputs))):
-            return again()
+            return again() if self.made is None else self._noted(again)
         if self._compile is None:
+            self._noted(None)
             return function(*inputs)
         return self._run(function, self._compiled(function, self._compile, inputs), inputs)
 
     def step(self, step: TensorFunction, *inputs: Tensor) -> tuple[Tensor, ...]:
         """step(*inputs) of something that is compiled already."""
-        again = self._bound.get((step, *map(id, inputs)))
-        return again() if again else self._run(step, step, inputs)
+        if again := self._bound.get((step, *map(id, inputs))):
+            return again() if self.made is None else self._noted(again)
+        return self._run(step, step, inputs)
 
     def release(self) -> None:
         """Let go of all tensors."""
@@ -75,7 +82,14 @@ class Functions:
                 self._known.popitem(last=False)
         return found
 
+    def _noted(self, call: Call | None) -> tuple[Tensor, ...]:
+        """Run a bound call, if there is one, and note it where calls are noted."""
+        if self.made is not None:
+            self.made.append(call)
+        return call() if call else ()
+
     def _run(self, name: object, step: TensorFunction, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._noted(None)
         last = self._last.get(name, ())
         self._last[name] = inputs
         again = len(last) == len(inputs) and all(a is b for a, b in zip(last, inputs))

@@ -29,7 +29,7 @@ from accelc.ir.errors import (
     SessionClosedError,
 )
 from accelc.runtime.arguments import integers
-from accelc.runtime.functions import Functions, bound
+from accelc.runtime.functions import Functions, bound, put
 from accelc.runtime.prompts import check_range, split_rows
 from accelc.runtime.steps import StatePool, Steps
 
@@ -51,6 +51,13 @@ def placed(tokens: Tensor, depths: Tensor, words: Tensor, lengths: Tensor, last:
     positions = lengths[:, None] + depths
     positions = torch.where(positions > last, last, positions)
     return tokens.clamp(min=0), positions, words.expand(len(tokens), -1, -1).contiguous()
+
+
+def lengthen(lengths: Tensor, counts: Tensor) -> tuple[Tensor]:
+    """Add counts [B] to lengths [B], in place."""
+    longer = lengths + counts
+    put(lengths[:, None], longer[:, None])
+    return (longer,)
 
 
 @dataclass(frozen=True)
@@ -194,16 +201,10 @@ class Session:
 
     def commit(self, path: Tensor, counts: Tensor) -> None:
         """Keep the first counts[b] nodes of path [B, K] of the tree that was verified last."""
-        if path.shape[1] == 1:  # the root stands where it belongs
-            self.lengths.add_(counts)
-            return
-        assert self.steps.trees is not None
-        run = self.steps.trees(self._passes).commit
-        (lengths,) = self._call.step(run, path, counts, self.lengths, *self._states)
-        if self._host is None:
-            self.lengths.copy_(lengths)
-        else:
-            self._host[1][:] = lengths.numpy()
+        if path.shape[1] > 1:  # else the root stands where it belongs
+            assert self.steps.trees is not None
+            self._call.step(self.steps.trees(self._passes).commit, path, counts, self.lengths, *self._states)
+        self._call(lengthen, self.lengths, counts)
 
     @property
     def active(self) -> Tensor:

@@ -262,6 +262,23 @@ def _(cache, value, lengths, dim):
     return None
 
 
+@torch.library.custom_op("accelc::scatter_rows", mutates_args={"table"})
+def scatter_rows(table: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write values [M, K] into the rows [M] (int64) of a table [R, K], in place. Which of several values for one row
+    stays is open.
+    """
+    table.index_copy_(0, rows, values.to(table.dtype))
+
+
+@scatter_rows.register_fake
+def _(table, rows, values):
+    return None
+
+
+UPDATES = (torch.ops.accelc.cache_update.default, torch.ops.accelc.scatter_rows.default)
+"""What writes to its first argument, and returns nothing."""
+
+
 # -- norms, rotary, gates --------------------------------------------------------------------------------------------
 # Their results are contiguous whatever the strides of the arguments, so that a fake value says what a kernel returns.
 

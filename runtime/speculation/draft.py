@@ -121,6 +121,11 @@ def append_tokens(text: Tensor, lengths: Tensor, root: Tensor, tokens: Tensor, c
 class Proposer(ABC):
     """The runtime part of a drafter for one generation."""
 
+    repeatable: bool = False
+    """Whether `propose` and `observe` make the calls that they made the step before, for trees of the same size and
+    with no `skip` between: then those alone are repeated, and neither is asked. Not where anything but tensors that
+    stay the same objects decides what they do."""
+
     @abstractmethod
     def propose(self, text: Text, nodes: int) -> Draft:
         """A tree whose root is the last token of each row. Of more than `nodes` nodes the first ones are verified."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
-from accelc.runtime.clock import Mark, clock_of
+from accelc.runtime.clock import clock_of
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.choice import SizeChooser
 from accelc.runtime.speculation.draft import Accepted, Draft, Proposer, Text
+from accelc.runtime.speculation.outcome import Outcome, packed
 from accelc.runtime.speculation.plain_steps import PlainSteps
+from accelc.runtime.speculation.replay import EndOfPart, Replay
 from accelc.runtime.speculation.speculator import Speculation
 from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
@@ -26,7 +30,6 @@ class SpeculativeGeneration(Generation):
     """A generation whose steps verify the trees of a drafter. Rows take different numbers of tokens a step."""
 
     speculation: Speculation = field(kw_only=True)
-    recorder: Recorder = field(default_factory=Recorder)
     _proposer: Proposer | None = None
     _layouts: dict[tuple[Layout, int], Layout] = field(default_factory=dict)
     """Of trees that were cut."""
@@ -35,6 +38,7 @@ class SpeculativeGeneration(Generation):
 
     def __post_init__(self) -> None:
         self._clock = clock_of(self.session.steps.device)
+        self._recorder = Recorder(self._clock)
 
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, token by token, the rows that took one. The caller holds the lock and inference mode."""
@@ -57,7 +61,8 @@ class SpeculativeGeneration(Generation):
         plain = PlainSteps(session, sampler, text, source.depth + 1)
         chooser = SizeChooser(self.speculation.times, len(self.rows), source.size, self.speculation.acceptance)
         readable = self._readable(logits)
-        active, counts, behind = self.rows, [1] * len(self.rows), False
+        active, going = self.rows, list(range(len(self.rows)))
+        counts, behind = [1] * len(self.rows), False
         tokens = [[token] for token in plain.choose(logits)]
         plain.wait([token for (token,) in tokens], active)
         while True:
@@ -69,6 +74,7 @@ class SpeculativeGeneration(Generation):
             if ended := [row.index for row in active if row.finish is not None]:
                 session.retire(ended)
                 active = [row for row in active if row.finish is None]
+                going = [row.index for row in active]
                 if not active:
                     return
             if readable is not None:
@@ -76,48 +82,54 @@ class SpeculativeGeneration(Generation):
             if self._proposer is None:
                 plain.settle()
                 self._proposer = source.start(text, sampler, tapped)
+                replay = Replay(text.call, self._clock, repeatable=self._proposer.repeatable)
             size = nodes or chooser.size
             started = perf_counter()
             if size == 1 and not source.reads_all:
                 self._proposer.skip()
+                replay.forget()
                 behind = bool(source.passes)
                 chosen = plain.step(active)
                 plain.wait(chosen, active)
                 tokens, counts = [[token] for token in chosen], [1] * len(chosen)
                 seconds = perf_counter() - started
-                self.recorder.add_plain(len(active), seconds)
+                self._recorder.add_plain(len(active), seconds)
                 if nodes is None:
                     chooser.add_plain(seconds)
             else:
                 plain.settle()
                 catches_up, behind = behind, False  # first what the passes add to the last token
-                draft, accepted, marks = self._speculate(self._proposer, text, sampler, 1 if catches_up else size)
-                counts, tokens = accepted.counts.tolist(), accepted.tokens.tolist()  # here the host waits
+                drafted = 1 if catches_up else size
+                step = functools.partial(self._speculate, self._proposer, text, sampler, drafted)
+                draft, accepted, row, marks = replay.run(drafted, step)
+                outcome = Outcome.read(row, accepted)  # here the host waits
+                counts, tokens = outcome.counts, outcome.tokens
                 sampler.count(accepted.tokens, accepted.counts, max(counts))
-                self.recorder.add(draft, accepted, [row.index for row in active], self._clock.seconds(marks))
+                self._recorder.add(draft.layout, outcome, going, marks)
                 if nodes is None and not catches_up:
-                    kept = accepted.path.tolist()
-                    paths = [kept[row.index][: counts[row.index]] for row in active]
-                    chooser.add(paths, perf_counter() - started)
+                    paths = outcome.paths
+                    chooser.add([paths[row] for row in going], perf_counter() - started)
             self.steps += 1
 
     def _speculate(
-        self, proposer: Proposer, text: Text, sampler: TargetSampler, size: int
-    ) -> tuple[Draft, Accepted, list[Mark]]:
-        """Draft, verify, keep a path and learn from it, without waiting for the device; marks begin and end each."""
-        session, mark = self.session, self._clock.mark
-        marks = [mark()]
+        self, proposer: Proposer, text: Text, sampler: TargetSampler, size: int, end_of_part: EndOfPart
+    ) -> tuple[Draft, Accepted, Tensor]:
+        """Draft, verify, keep a path and learn from it: the parts of a step, without waiting for the device. With what
+        `Outcome` reads.
+        """
+        session = self.session
         draft = self._draft(proposer, text, size)
-        marks.append(mark())
+        end_of_part()
         logits = session.verify(draft.tokens, draft.layout.depths, draft.layout.words)
-        marks.append(mark())
+        end_of_part()
         accepted = self.speculation.rule.accept(Target(sampler, draft, logits, session.active))
         session.commit(accepted.path, accepted.counts)
-        marks.append(mark())
+        end_of_part()
         proposer.observe(draft, logits, accepted, session.taps)
         text.append(accepted.tokens, accepted.counts)
-        marks.append(mark())
-        return draft, accepted, marks
+        row = packed(draft, accepted, self.speculation.call)
+        end_of_part()
+        return draft, accepted, row
 
     def _draft(self, proposer: Proposer, text: Text, size: int) -> Draft:
         """A tree of at most `size` nodes."""
@@ -137,6 +149,13 @@ class SpeculativeGeneration(Generation):
     @staticmethod
     def _take(active: Sequence[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:
         """Give rows their tokens of one step, one at a time; what lies behind the end of a row is dropped."""
+        if len(active) == 1:
+            for token in tokens[active[0].index][: counts[active[0].index]]:
+                active[0].accept(token)
+                yield active
+                if active[0].finish is not None:
+                    return
+            return
         for place in range(max(counts)):
             taking = [row for row in active if row.finish is None and place < counts[row.index]]
             for row in taking:
@@ -157,5 +176,5 @@ class SpeculativeGeneration(Generation):
     def result(self) -> GenerateResult:
         """Everything so far, with the statistics of speculation."""
         result, used = super().result(), self.speculation
-        summary = self.recorder.summary(used.name, used.rule.name, len(self.rows))
+        summary = self._recorder.summary(used.name, used.rule.name, len(self.rows))
         return replace(result, statistics=replace(result.statistics, speculation=summary))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir import StateSpec
-from accelc.runtime.functions import Functions
+from accelc.runtime.functions import Functions, put
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.acceptance import at_node
 from accelc.runtime.speculation.draft import Accepted, Draft, Proposer, Source, Text
@@ -73,27 +73,31 @@ class HeadDrafts(Source):
 class _FromLast(Proposer):
     """Drafts from the hidden state of the last token alone."""
 
+    repeatable = True
+
     def __init__(self, source: HeadDrafts) -> None:
         self.source = source
         self.hidden = torch.empty(0)
-        """[B, N, H]; may be the memory that the next verification writes to."""
+        """[B, 1, H]: of the last tokens; written to, so that drafts read the same memory each time."""
         self.last = torch.empty(0)
-        """[B]: the row of it that counts."""
+        """[B]: zeros, the row of it that counts."""
 
     def read(self, hidden: Tensor, valid: Tensor) -> None:
         """A chunk of the prompts [B, N, H], of which row b has valid[b] tokens."""
-        self.hidden, self.last = ends_of(hidden, valid, self.hidden), torch.zeros_like(valid)
+        self.hidden, self.last = ends_of(hidden, valid, self.hidden).contiguous(), torch.zeros_like(valid)
 
     def propose(self, text: Text, nodes: int) -> Draft:
         drafting = self.source.drafting(nodes)
         return draft_of(drafting, self.source.call.step(drafting.run, self.hidden, self.last, text.root))
 
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]) -> None:
-        self.hidden, self.last = taps[0], accepted.node
+        self.source.call(keep_last, taps[0], accepted.node, self.hidden)
 
 
 class _FromContext(Proposer):
     """Drafts from what a step makes of the hidden states of all tokens; it has run over those before the last ones."""
+
+    repeatable = True
 
     def __init__(self, source: HeadDrafts, context: Context, text: Text) -> None:
         self.source, self.context, self.text, self.call = source, context, text, source.call
@@ -105,6 +109,8 @@ class _FromContext(Proposer):
         """Tokens of the prompts that were read."""
         self.hidden = torch.empty(0)
         """[B, N, H]: of the last tokens, which are still to be run over."""
+        self.kept: dict[int, Tensor] = {}
+        """What it is written to, by N."""
         self.counts = torch.empty(0)
         """[B]: how many of them count."""
         self.waiting = False
@@ -129,8 +135,11 @@ class _FromContext(Proposer):
         if self.waiting:  # a token came without a draft
             before, positions, _ = self._places()
             self.context.run(self.hidden, positions, before, *self.states)
-        (self.hidden,) = self.call(along, taps[0], accepted.path)
-        self.counts.copy_(accepted.counts)
+        count = accepted.path.shape[1]
+        if count not in self.kept:
+            self.kept[count] = taps[0].new_zeros(len(taps[0]), count, taps[0].shape[2])
+        self.hidden = self.kept[count]
+        self.call(keep_path, taps[0], accepted.path, accepted.counts, self.hidden, self.counts)
         self.waiting = True
 
     def _places(self) -> tuple[Tensor, ...]:
@@ -151,9 +160,21 @@ def positions_from(before: Tensor, count: int, end: int) -> Tensor:
     return (before[:, None] + torch.arange(count, device=before.device)).clamp(max=end - 1)
 
 
-def along(hidden: Tensor, path: Tensor) -> tuple[Tensor]:
-    """The entries of hidden [B, N, H] on a path [B, D + 1]."""
-    return (hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1])),)
+def keep_path(hidden: Tensor, path: Tensor, counts: Tensor, kept: Tensor, many: Tensor) -> tuple[Tensor]:
+    """Write the entries of hidden [B, N, H] on a path [B, D + 1] into kept [B, D + 1, H], and counts [B] into many.
+    Returns the entries.
+    """
+    rows = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
+    torch.ops.accelc.cache_update(kept, rows, counts - counts, 1)
+    put(many[:, None], counts[:, None])
+    return (rows,)
+
+
+def keep_last(hidden: Tensor, node: Tensor, kept: Tensor) -> tuple[Tensor]:
+    """Write the entry of hidden [B, N, H] at a node [B] of each row into kept [B, 1, H]. Returns it."""
+    row = hidden.gather(1, node[:, None, None].expand(-1, -1, hidden.shape[-1]))
+    torch.ops.accelc.cache_update(kept, row, node - node, 1)
+    return (row,)
 
 
 def ends_of(hidden: Tensor, valid: Tensor, before: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class PlainSteps:
 
     def settle(self) -> None:
         """The text gets what waits."""
+        if not any(self._waiting):
+            return
         longest = max(map(len, self._waiting))
         device = self._text.lengths.device
         for begin in range(0, longest, self._width):
@@ -55,5 +57,4 @@ class PlainSteps:
             counts = torch.tensor([len(part) for part in parts], device=device)
             padded = torch.tensor([part + [0] * (self._width - len(part)) for part in parts], device=device)
             self._text.append(padded, counts)
-        if longest:
-            self._waiting = [[] for _ in self._waiting]
+        self._waiting = [[] for _ in self._waiting]

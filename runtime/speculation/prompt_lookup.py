@@ -64,6 +64,8 @@ class _Source(Source):
 
 
 class _Lookup(Proposer):
+    repeatable = True
+
     def __init__(self, function: TensorFunction, layout: Layout, setting: Setting) -> None:
         self._function, self._layout, self._call = function, layout, setting.call
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TypeAlias
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from accelc.ir.errors import InputError
-from accelc.runtime.speculation.draft import Accepted, Draft
+from accelc.runtime.clock import Clock, Mark
+from accelc.runtime.speculation.outcome import Outcome
 from accelc.runtime.speculation.trees import WORD, Layout
 
 FORMAT = "accelc.speculation.1"
@@ -104,43 +104,51 @@ def rates_table(title: str, what: str, rates: Sequence[Sequence[float | None]], 
     return table
 
 
-Step: TypeAlias = tuple[Layout, list[list[int]], list[int], list[int]]
-"""The trees, their tokens [B][N], the last node kept [B], rows that had not ended before it."""
+@dataclass(frozen=True)
+class Step:
+    """What happened in one step."""
+
+    layout: Layout
+    """The trees."""
+    outcome: Outcome
+    rows: list[int]
+    """Those that had not ended before it."""
+    marks: Sequence[Mark]
+    """Begin and end of its parts."""
 
 
 @dataclass
 class Recorder:
     """Keeps what each step of a generation did, and counts when it is asked."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    clock: Clock
     _steps: list[Step] = field(default_factory=list)
-    _times: dict[int, list[float]] = field(default_factory=dict)
-    _plain: int = 0
-    """Row-steps without a tree."""
+    _plain: list[tuple[int, float]] = field(default_factory=list)
+    """Steps without a tree: rows, seconds."""
 
-    def add(self, draft: Draft, accepted: Accepted, rows: list[int], seconds: Sequence[float]) -> None:
-        """One step; `seconds` of its parts."""
-        for part, took in zip(PARTS, seconds, strict=True):
-            self.seconds[part] += took
-        self._times.setdefault(draft.layout.size, []).append(sum(seconds))
-        # The next step may write to its tensors.
-        self._steps.append((draft.layout, draft.tokens.tolist(), accepted.node.tolist(), rows))
+    def add(self, layout: Layout, outcome: Outcome, rows: list[int], marks: Sequence[Mark]) -> None:
+        """One step with a tree."""
+        self._steps.append(Step(layout, outcome, rows, marks))
 
     def add_plain(self, rows: int, seconds: float) -> None:
         """One step of plain decoding, of so many rows that had not ended."""
-        self.seconds["verify"] += seconds
-        self._times.setdefault(1, []).append(seconds)
-        self._plain += rows
+        self._plain.append((rows, seconds))
 
     def summary(self, drafter: str, rule: str, batch: int) -> SpeculationStatistics:
         """The statistics of all steps so far."""
         by_layout: dict[Layout, list[Step]] = {}
+        seconds, times = dict.fromkeys(PARTS, 0.0), {1: [took for _, took in self._plain]}
         for step in self._steps:
-            by_layout.setdefault(step[0], []).append(step)
-        depth = max((layout.depth for layout, *_ in self._steps), default=0)
-        width = max((layout.width for layout, *_ in self._steps), default=0)
+            by_layout.setdefault(step.layout, []).append(step)
+            parts = self.clock.seconds(step.marks)
+            for part, took in zip(PARTS, parts, strict=True):
+                seconds[part] += took
+            times.setdefault(step.layout.size, []).append(sum(parts))
+        seconds["verify"] += sum(took for _, took in self._plain)
+        depth = max((step.layout.depth for step in self._steps), default=0)
+        width = max((step.layout.width for step in self._steps), default=0)
         lengths = torch.zeros(depth + 2, dtype=torch.int64)
-        lengths[1] = self._plain
+        lengths[1] = sum(rows for rows, _ in self._plain)
         reached, accepted = (torch.zeros(depth, width, dtype=torch.int64) for _ in range(2))
         for steps in by_layout.values():
             counts, cells, below, kept = _of_rows(steps, width)
@@ -155,9 +163,9 @@ class Recorder:
             lengths=tuple(lengths.tolist()),
             reached=tuple(map(tuple, reached.tolist())),
             accepted=tuple(map(tuple, accepted.tolist())),
-            seconds=dict(self.seconds),
+            seconds=seconds,
             batch=batch,
-            step_seconds={nodes: (len(times), median(times)) for nodes, times in sorted(self._times.items())},
+            step_seconds={nodes: (len(took), median(took)) for nodes, took in sorted(times.items()) if took},
         )
 
 
@@ -165,11 +173,11 @@ def _of_rows(steps: Sequence[Step], width: int) -> tuple[Tensor, Tensor, Tensor,
     """Of all rows R of steps with one layout: tokens they took [R]; (depth - 1) * width + rank of each draft
     [R * (N - 1)]; which of them were below a kept node and had a token, and which were kept [R * (N - 1)] int64.
     """
-    layout = steps[0][0]
-    b, n = len(steps[0][1]), layout.size
-    index = torch.tensor([step * b + row for step, (*_, rows) in enumerate(steps) for row in rows])
-    tokens = torch.tensor([row for _, tokens, *_ in steps for row in tokens])[index]
-    last = torch.tensor([node for _, _, nodes, _ in steps for node in nodes])[index, None]
+    layout = steps[0].layout
+    b, n = len(steps[0].outcome.rows), layout.size
+    index = torch.tensor([number * b + row for number, step in enumerate(steps) for row in step.rows])
+    tokens = torch.tensor([row for step in steps for row in step.outcome.drafted])[index]
+    last = torch.tensor([node for step in steps for node in step.outcome.nodes])[index, None]
     parents, ranks, depths, words = (
         t.cpu()[index % b if len(t) > 1 else index * 0]
         for t in (layout.parents, layout.ranks, layout.depths, layout.words)

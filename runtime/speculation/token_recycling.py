@@ -65,6 +65,8 @@ class _Source(Source):
 class _Recycler(Proposer):
     """Reads trees from the matrix and writes what verification finds into it."""
 
+    repeatable = True
+
     def __init__(self, tree: Tree, setting: Setting) -> None:
         self._call, self._layout = setting.call, tree.layout(setting.device)
         # One row more: where what must not be remembered goes.
@@ -76,8 +78,7 @@ class _Recycler(Proposer):
         return Draft(tokens, self._layout)
 
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]) -> None:
-        rows, best = self._call(self._learn, logits, draft.tokens, accepted.path, accepted.counts)
-        self._successors.index_copy_(0, rows, best)
+        self._call(self._learn, self._successors, logits, draft.tokens, accepted.path, accepted.counts)
 
 
 def read_tree(successors: Tensor, tokens: Tensor, lengths: Tensor, tree: Tree) -> tuple[Tensor]:
@@ -94,9 +95,11 @@ def read_tree(successors: Tensor, tokens: Tensor, lengths: Tensor, tree: Tree) -
     return (torch.cat(levels, dim=1),)
 
 
-def learn(logits: Tensor, tokens: Tensor, path: Tensor, counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """What the nodes of a tree teach: rows of the matrix [B * N], its last one for nodes that do not count, and the
-    `width` likeliest tokens behind each node [B * N, width].
+def learn(
+    successors: Tensor, logits: Tensor, tokens: Tensor, path: Tensor, counts: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Write what the nodes of a tree teach into the matrix [V + 1, width]: into rows [B * N], its last one for nodes
+    that do not count, the `width` likeliest tokens behind each node [B * N, width]. Returns both.
     """
     b, n, vocabulary = logits.shape
     node, every = torch.arange(n, device=tokens.device), torch.arange(b * n, device=tokens.device)
@@ -108,4 +111,7 @@ def learn(logits: Tensor, tokens: Tensor, path: Tensor, counts: Tensor, width: i
     flat = tokens.flatten()
     same = torch.where(flat[:, None] == flat, order, -1).float()
     last = torch.ops.accelc.top_k(same, 1).squeeze(1) == every
-    return torch.where(last & (flat >= 0), flat, vocabulary), torch.ops.accelc.top_k(logits, width).flatten(0, 1)
+    rows = torch.where(last & (flat >= 0), flat, vocabulary)
+    best = torch.ops.accelc.top_k(logits, width).flatten(0, 1)
+    torch.ops.accelc.scatter_rows(successors, rows, best)
+    return rows, best
