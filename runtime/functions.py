@@ -40,14 +40,17 @@ class Functions:
     """Calls tensor functions: compiled for the sizes they are called with, as written without a compiler.
 
     What is called with the same tensors again is bound to them: it no longer looks at them, and what a call returns,
-    the next one with these tensors overwrites. `release` ends that.
+    the next one with these tensors overwrites. `release` ends that. What was bound before, at these sizes, is bound at
+    once where it is called with other tensors, until that proves to be in vain.
     """
 
     def __init__(self, compile_function: Compile | None = None) -> None:
         self._compile = compile_function
         self._known: OrderedDict[tuple[Any, ...], TensorFunction] = OrderedDict()
         self._last: dict[Any, tuple[Tensor, ...]] = {}
-        """What a function was called with last."""
+        """What a function was called with last, by sizes."""
+        self._trusted: set[Any] = set()
+        """What was called with the same tensors again, when it was called last but for the first time."""
         self._bound: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
         """By function and identities of tensors, which the bound call holds."""
         self.made: list[Call | None] | None = None
@@ -90,10 +93,17 @@ class Functions:
 
     def _run(self, name: object, step: TensorFunction, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._noted(None)
-        last = self._last.get(name, ())
-        self._last[name] = inputs
-        again = len(last) == len(inputs) and all(a is b for a, b in zip(last, inputs))
-        if not again or not all(tensor.is_contiguous() for tensor in inputs):
+        key = (name, *[tensor.shape for tensor in inputs])
+        last = self._last.get(key)
+        self._last[key] = inputs
+        again = last is not None and all(a is b for a, b in zip(last, inputs))
+        if again:
+            if len(self._trusted) >= KEPT:
+                self._trusted.clear()
+            self._trusted.add(key)
+        elif last is not None:
+            self._trusted.discard(key)
+        if key not in self._trusted or not all(tensor.is_contiguous() for tensor in inputs):
             return step(*[tensor.contiguous() for tensor in inputs])
         call = self._bound[(name, *map(id, inputs))] = bound(step, *inputs)
         if len(self._bound) > KEPT:

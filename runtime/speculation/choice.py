@@ -20,11 +20,13 @@ PLAIN = 8
 """The same while nothing is drafted."""
 STALE = 400
 """Steps after which the time of a size that is not much worse is measured again."""
+PATIENCE = 64
+"""Plain steps after which drafts are tried again, twice as many the next time: the text may have changed."""
 
 FORGET = 0.98
 """What a step leaves of the weight of those before it, for the nodes that it verified."""
 FADE = 0.997
-"""The same for others: what was never right is tried again some hundred steps later."""
+"""The same for others."""
 DOUBT = 2.0
 """Steps that the expectation before any step counts for."""
 SEEN = 10.0
@@ -45,8 +47,10 @@ class StepTimes:
             self._met.add(key)
             return
         known = self._seconds.get(key)
-        # A machine that stumbled says little.
-        self._seconds[key] = seconds if known is None else known + 0.1 * (min(seconds, 2 * known) - known)
+        if known is None:
+            self._seconds[key] = seconds
+        else:  # a machine that stumbled says little
+            self._seconds[key] = known + (0.3 if seconds < known else 0.1) * (min(seconds, 2 * known) - known)
 
     def known(self, batch: int, nodes: int) -> float | None:
         return self._seconds.get((batch, nodes))
@@ -99,16 +103,21 @@ class SizeChooser:
         self.size = self._first = min(self.sizes, key=lambda n: abs(n - FIRST))
         """Nodes of the next step."""
         self._step = 0
+        self._plain, self._patience = 0, PATIENCE  # plain steps since the last draft, and before the next
         self._last = dict.fromkeys(self.sizes, 0)
         if times.known(batch, 1) is None:
             self.size = 1  # what the others are compared with
         else:
             self._decide()
 
-    def add(self, paths: Sequence[Sequence[int]], seconds: float) -> None:
-        """One step of the present size: the kept nodes of each row, and how long it took."""
-        self._times.add(self._batch, self.size, seconds)
+    def add(self, paths: Sequence[Sequence[int]], seconds: float | None) -> None:
+        """One step of the present size: the kept nodes of each row, and how long it took, None where that says nothing
+        of others.
+        """
+        if seconds is not None:
+            self._times.add(self._batch, self.size, seconds)
         self._step += 1
+        self._plain = self._plain + 1 if self.size == 1 else 0
         self._last[self.size] = self._step
         self._acceptance.add(paths, self.size)
         if self._step % EVERY == 0:
@@ -118,6 +127,7 @@ class SizeChooser:
         """One step of size 1."""
         self._times.add(self._batch, 1, seconds)
         self._step += 1
+        self._plain += 1
         self._last[1] = self._step
         if self._step % PLAIN == 0:
             self._acceptance.fade(PLAIN)
@@ -139,6 +149,12 @@ class SizeChooser:
         tokens = self._acceptance.tokens()
         rates = {n: tokens[n - 1] / self._guess(n) for n in self.sizes}
         best = max(rates, key=lambda n: rates[n])
+        if best > 1:
+            self._patience = PATIENCE
+        elif self._plain >= self._patience:
+            self.size = max(self.sizes[1:], key=lambda n: rates[n])
+            self._patience *= 2
+            return
         stale = [n for n in self.sizes if self._step - self._last[n] > STALE and rates[n] > 0.8 * rates[best]]
         self.size = stale[0] if stale else best
 

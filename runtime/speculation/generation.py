@@ -92,10 +92,10 @@ class SpeculativeGeneration(Generation):
                 chosen = plain.step(active)
                 plain.wait(chosen, active)
                 tokens, counts = [[token] for token in chosen], [1] * len(chosen)
-                seconds = perf_counter() - started
-                self._recorder.add_plain(len(active), seconds)
+                took = perf_counter() - started
+                self._recorder.add_plain(len(active), took)
                 if nodes is None:
-                    chooser.add_plain(seconds)
+                    chooser.add_plain(took)
             else:
                 plain.settle()
                 catches_up, behind = behind, False  # first what the passes add to the last token
@@ -108,7 +108,8 @@ class SpeculativeGeneration(Generation):
                 self._recorder.add(draft.layout, outcome, going, marks)
                 if nodes is None and not catches_up:
                     paths = outcome.paths
-                    chooser.add([paths[row] for row in going], perf_counter() - started)
+                    seconds = perf_counter() - started if replay.settled(drafted) else None
+                    chooser.add([paths[row] for row in going], seconds)
             self.steps += 1
 
     def _speculate(

@@ -20,8 +20,10 @@ from accelc.runtime.clock import Clock, Mark
 from accelc.runtime.functions import Call, Functions
 from accelc.runtime.speculation.draft import Accepted, Draft
 
-TRIES = 24
+TRIES = 12
 """Steps of one size that are looked at before it is given up: their calls differ each time, or torch runs besides."""
+BINDING = 3
+"""The first of these steps also bind what is called, and take longer for it."""
 READS = frozenset({"__get__", "__len__", "size", "dim", "stride", "numel", "is_contiguous", "data_ptr", "element_size"})
 """What asks a tensor about itself, not about its values."""
 
@@ -72,6 +74,10 @@ class Replay:
     def forget(self) -> None:
         """A token comes without a tree: what the step after it does is open."""
         self._last, self.steady = None, False
+
+    def settled(self, size: int) -> bool:
+        """Whether the last step, of this size, took as long as others will."""
+        return self.steady or not self._repeatable or self._tried.get(size, 0) >= BINDING
 
     def run(self, size: int, step: Callable[[EndOfPart], tuple[Draft, Accepted]]) -> tuple[Draft, Accepted, list[Mark]]:
         """One step with a tree of `size` nodes, which calls what it is given at the end of each of its parts; with the

@@ -173,7 +173,7 @@ class Changing(SizeChooser):
         super().__init__(*given)
         self.size = 8
 
-    def add(self, paths: Sequence[Sequence[int]], seconds: float) -> None:
+    def add(self, paths: Sequence[Sequence[int]], seconds: float | None) -> None:
         self._step += 1
         self.size = (8, 1, 1, 8, 8, 1)[self._step % 6]
 

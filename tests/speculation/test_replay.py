@@ -45,7 +45,7 @@ class InTurn(SizeChooser):
         super().__init__(*given)
         self.size = self.sizes_in_turn[0]
 
-    def add(self, paths: Sequence[Sequence[int]], seconds: float) -> None:
+    def add(self, paths: Sequence[Sequence[int]], seconds: float | None) -> None:
         self._step += 1
         self.size = self.sizes_in_turn[self._step % len(self.sizes_in_turn)]
 
