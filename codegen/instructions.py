@@ -18,6 +18,7 @@ OPS = (
     "linear", "attention", "norm", "rotary", "pointwise", "copy", "gather", "cache_update",
     "product", "softmax", "map", "index", "key_positions", "visible", "quantized_linear",
     "quantized_embedding", "dequantize", "top_k",
+    "draw",
 )  # fmt: skip
 """In the order of OPS in codegen/cpu/kernels.cpp."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,6 +134,21 @@ def _look_up(out: Array, base: Array, indices: Sequence[Array], steps: Sequence[
 def top_k(out: Array, scores: Array, k: int):
     covered = scores.dtype in FLOATS and scores.ndim <= MAX_DIMS and scores.unit and out.unit
     return [Instruction("top_k", (scores, out), (1,))] if covered else None
+
+
+@rule(ops.draw_token.default)
+def draw_token(
+    out: Array, scores: Array, greedy: Array, temperature: Array, k: Array, p: Array, min_p: Array, uniform: Array
+):
+    settings = (greedy, temperature, k, p, min_p, uniform)
+    dtypes = (torch.bool, torch.float32, torch.int64, torch.float32, torch.float32, torch.float64)
+    if scores.dtype not in FLOATS or scores.ndim > MAX_DIMS or not scores.unit:
+        return None
+    if any(array.dtype != dtype for array, dtype in zip(settings, dtypes, strict=True)):
+        return None
+    given = [array.expand(out.size) for array in settings[:-1]]
+    bits = replace(uniform.expand(out.size), dtype=torch.int64)  # of its doubles
+    return [Instruction("draw", (scores, *given, bits, out), (7,))]
 
 
 # -- what a token may see ----------------------------------------------------------------------------------------------

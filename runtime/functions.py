@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -19,6 +19,8 @@ Compile: TypeAlias = Callable[[TensorFunction, Sequence[Tensor]], TensorFunction
 Call: TypeAlias = Callable[[], tuple[Tensor, ...]]
 """A function with the tensors that it reads and writes at each call."""
 
+REMEMBERED = 4
+"""Calls of a function among which one with the same tensors is found: so many sets of them may take turns."""
 KEPT = 256
 """Compiled functions that a decoder keeps, each for one set of sizes; and bound ones, each for one set of tensors. A
 drafter takes some five for each size of its trees and each batch.
@@ -36,6 +38,13 @@ def put(buffer: Tensor, value: Tensor) -> None:
     torch.ops.accelc.cache_update(buffer, value, begin, 1)
 
 
+def increase(counts: Tensor, by: Tensor) -> tuple[Tensor]:
+    """Add by [B] to counts [B] int64, in place. Returns the sums."""
+    more = counts + by
+    put(counts[:, None], more[:, None])
+    return (more,)
+
+
 class Functions:
     """Calls tensor functions: compiled for the sizes they are called with, as written without a compiler.
 
@@ -47,8 +56,8 @@ class Functions:
     def __init__(self, compile_function: Compile | None = None) -> None:
         self._compile = compile_function
         self._known: OrderedDict[tuple[Any, ...], TensorFunction] = OrderedDict()
-        self._last: dict[Any, tuple[Tensor, ...]] = {}
-        """What a function was called with last, by sizes."""
+        self._last: dict[Any, deque[tuple[Tensor, ...]]] = {}
+        """What a function was called with last, by sizes: `REMEMBERED` times."""
         self._trusted: set[Any] = set()
         """What was called with the same tensors again, when it was called last but for the first time."""
         self._bound: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
@@ -94,14 +103,14 @@ class Functions:
     def _run(self, name: object, step: TensorFunction, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._noted(None)
         key = (name, *[tensor.shape for tensor in inputs])
-        last = self._last.get(key)
-        self._last[key] = inputs
-        again = last is not None and all(a is b for a, b in zip(last, inputs))
+        last = self._last.setdefault(key, deque(maxlen=REMEMBERED))
+        again = any(all(a is b for a, b in zip(known, inputs)) for known in last)
+        last.append(inputs)
         if again:
             if len(self._trusted) >= KEPT:
                 self._trusted.clear()
             self._trusted.add(key)
-        elif last is not None:
+        elif len(last) == REMEMBERED:
             self._trusted.discard(key)
         if key not in self._trusted or not all(tensor.is_contiguous() for tensor in inputs):
             return step(*[tensor.contiguous() for tensor in inputs])

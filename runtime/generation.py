@@ -96,7 +96,8 @@ class Generation:
         session, active = self.session, self.rows
         begun = perf_counter()
         logits = session.prefill(self.prompts)  # [B, V]
-        select = selector(self.params, self.seeds, self.prompts, logits)
+        most = max(row.budget for row in self.rows)
+        select = selector(self.params, self.seeds, self.prompts, logits, session.call, most)
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
         retired = False

@@ -1,8 +1,4 @@
-"""Sampling: what a user may ask for, the processors that shape the distribution, and the exact draw from it.
-
-Processors are pure functions on scores [B, V] with one setting per row; filtered tokens get -inf. Their meaning and
-order are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p.
-"""
+"""Sampling: what a user may ask for; `accelc.ir.sampling` says what that does to scores."""
 
 from __future__ import annotations
 
@@ -10,13 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
-import torch
-from torch import Tensor
-
 from accelc.ir.errors import SamplingError, unknown_options
-
-CANDIDATES = 1024
-"""Largest scores that top-p sorts before it sorts all."""
 
 
 @dataclass(frozen=True)
@@ -73,66 +63,3 @@ def _is_temperature(value: float) -> bool:
 def _require(name: str, value: object, kind: type, accept, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not accept(value):
         raise SamplingError(f"{name} is {value!r}", remedy=f"{name} must be {wanted}.")
-
-
-# -- processors: scores [B, V] float, one setting per row [B] ----------------------------------------------------------
-
-
-def penalize_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Divide positive and multiply negative scores of tokens with seen [B, V] (bool) by penalty [B]."""
-    factor = penalty[:, None]
-    return torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
-
-
-def apply_temperature(scores: Tensor, temperature: Tensor) -> Tensor:
-    """Divide by temperature [B]."""
-    return scores / temperature[:, None]
-
-
-def keep_top_k(scores: Tensor, k: Tensor, most: int) -> Tensor:
-    """Keep scores not below the k[b]-th largest (so ties with it stay); k [B] int64, none above `most`, 0 keeps all."""
-    largest = scores.topk(min(most, scores.shape[-1]), dim=-1).values
-    last = largest.gather(1, (k[:, None] - 1).clamp(0, largest.shape[-1] - 1))
-    return scores.masked_fill((scores < last) & (k[:, None] > 0), -math.inf)
-
-
-def keep_top_p(scores: Tensor, p: Tensor, candidates: int = CANDIDATES) -> Tensor:
-    """Keep the likeliest tokens whose probability first reaches p [B]; 1 keeps all. Which of equal scores is open.
-
-    Only the largest ``candidates`` scores are sorted, all of them where those do not reach p: for 32000 tokens that is
-    0.07 against 8 milliseconds. Not on a GPU, which sorts fast, and where the host would have to wait to see whether
-    they do.
-    """
-    partial = candidates < scores.shape[-1] and scores.device.type == "cpu"
-    largest, order = scores.topk(candidates, dim=-1) if partial else scores.sort(dim=-1, descending=True)  # [B, C]
-    probs = (largest - scores.logsumexp(dim=-1, keepdim=True)).double().exp()
-    reached = probs.cumsum(dim=-1)
-    limit = p[:, None]
-    keep = reached - probs < limit  # what the likelier tokens reach
-    if partial and bool(((reached[:, -1:] < limit) & (limit < 1)).any()):
-        return keep_top_p(scores, p, scores.shape[-1])
-    kept = torch.full_like(scores, -math.inf).scatter_(1, order, largest.masked_fill(~keep, -math.inf))
-    return torch.where(limit < 1, kept, scores)
-
-
-def keep_min_p(scores: Tensor, p: Tensor) -> Tensor:
-    """Keep tokens at least p[b] times as likely as the likeliest."""
-    probs = scores.softmax(dim=-1)
-    return scores.masked_fill(probs < p[:, None] * probs.amax(dim=-1, keepdim=True), -math.inf)
-
-
-def draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    """One token per row from softmax(scores [B, V]), by inverting it at uniform [B] in [0, 1): int64 [B]."""
-    return draw_from(scores.softmax(dim=-1), uniform)
-
-
-def draw_from(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """One token per row from probabilities [B, V], which need not sum to 1, by inverting them at uniform [B] in [0, 1).
-
-    Sums run in float64, so probabilities are exact to the rounding of softmax at any vocabulary size.
-    """
-    cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # Strictly below the total, so that the search ends at a token with a probability.
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from accelc.ir.errors import SamplingError
-from accelc.runtime.sampling import SamplingParams, draw
+from accelc.runtime.functions import Functions, put
+from accelc.runtime.sampling import SamplingParams
 from accelc.runtime.shaping import Shaping, Uniforms
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -25,12 +26,19 @@ Selector = Callable[[Tensor], list[int]]
 
 
 def selector(
-    params: Sequence[SamplingParams], seeds: Sequence[int], prompts: Sequence[Tensor], like: Tensor
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    prompts: Sequence[Tensor],
+    like: Tensor,
+    call: Functions | None = None,
+    most: int = 0,
 ) -> Selector:
-    """The cheapest selector that does what ``params`` ask for, one per row, for logits like ``like`` [B, V]."""
+    """The cheapest selector that does what ``params`` ask for, one per row, for logits like ``like`` [B, V]. ``call``:
+    what calls tensor functions; ``most``: tokens that a row may be asked for.
+    """
     if all(p == SamplingParams() for p in params):
         return greedy_selector(like.device)
-    sampler = Sampler(params, seeds, prompts, like)
+    sampler = Sampler(params, seeds, prompts, like, call, most)
     return lambda logits: sampler(logits).tolist()
 
 
@@ -82,33 +90,39 @@ class Sampler:
     """
 
     def __init__(
-        self, params: Sequence[SamplingParams], seeds: Sequence[int], prompts: Sequence[Tensor], like: Tensor
+        self,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        prompts: Sequence[Tensor],
+        like: Tensor,
+        call: Functions | None = None,
+        most: int = 0,
     ) -> None:
         self._shaping = Shaping(params, like.device)
-        self._uniforms = Uniforms(seeds, like.device)
+        self._settings = self._shaping.settings
+        self._uniforms = Uniforms(seeds, like.device, most + 1)
         self._seen = tokens_seen(prompts, like)
-        self._drawn = 0
+        self._call = call or Functions()
+        self._drawn, self._index = 0, torch.zeros(len(params), 1, dtype=torch.int64, device=like.device)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        scores = self._shaping.scores(logits, self._seen if self._shaping.penalizes else None)
-        uniform = None
-        if self._shaping.samples:
-            uniform = self._uniforms.reach(self._drawn + 1)[:, self._drawn]
-            self._drawn += 1
-        tokens = choose(scores, self._shaping, uniform)
-        if self._shaping.penalizes:
-            self._seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
+        """The next token of each row [B] from its logits [B, V]; the next call may overwrite it."""
+        uniforms = self._uniforms.reach(self._drawn + 1)
+        self._drawn += 1
+        if not self._shaping.penalizes:
+            (tokens,) = self._call(draw_next, logits, uniforms, self._index, *self._settings)
+            return tokens
+        scores = self._shaping.scores(logits, self._seen)
+        tokens = torch.ops.accelc.draw_token(scores, *self._settings, uniforms[:, self._drawn - 1])
+        self._seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
         return tokens
 
 
-def choose(scores: Tensor, shaping: Shaping, uniform: Tensor | None) -> Tensor:
-    """What decoding takes from scores [R, V] with random numbers [R] (None where no row draws): int64 [R], -1 where the
-    scores are not finite.
-    """
-    tokens = likeliest(scores)
-    if uniform is None:
-        return tokens
-    return torch.where(shaping.greedy | (tokens < 0), tokens, draw(shaping.filter(scores), uniform))
+def draw_next(logits: Tensor, uniforms: Tensor, index: Tensor, *settings: Tensor) -> tuple[Tensor]:
+    """The next token [B] of each row from logits [B, V], by its random number of an index [B, 1], which goes on."""
+    tokens = torch.ops.accelc.draw_token(logits, *settings, uniforms.gather(1, index).squeeze(1))
+    put(index, index + 1)
+    return (tokens,)
 
 
 def tokens_seen(prompts: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from accelc.ir.errors import (
     SessionClosedError,
 )
 from accelc.runtime.arguments import integers
-from accelc.runtime.functions import Functions, bound, put
+from accelc.runtime.functions import Functions, bound, increase
 from accelc.runtime.prompts import check_range, split_rows
 from accelc.runtime.steps import StatePool, Steps
 
@@ -51,13 +51,6 @@ def placed(tokens: Tensor, depths: Tensor, words: Tensor, lengths: Tensor, last:
     positions = lengths[:, None] + depths
     positions = torch.where(positions > last, last, positions)
     return tokens.clamp(min=0), positions, words.expand(len(tokens), -1, -1).contiguous()
-
-
-def lengthen(lengths: Tensor, counts: Tensor) -> tuple[Tensor]:
-    """Add counts [B] to lengths [B], in place."""
-    longer = lengths + counts
-    put(lengths[:, None], longer[:, None])
-    return (longer,)
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,8 @@ class Session:
     ) -> None:
         self.steps = steps
         self.batch = batch
-        self._call = call or Functions()
+        self.call = call or Functions()
+        """Calls tensor functions, until the session is closed."""
         self._pool, self._lock, self._before_call = pool, lock, before_call
         self.input_vocab_size = input_vocab_size
         self._lease: tuple[Tensor, ...] | None = pool.take(batch)
@@ -194,8 +188,8 @@ class Session:
         """
         assert self.steps.trees is not None
         run = self.steps.trees(self._passes).verify
-        ids, positions, tree = self._call(placed, tokens, depths, words, self.lengths, self._last_position)
-        logits, *taps = self._call.step(run, ids, positions, self.lengths, tree, *self._states)
+        ids, positions, tree = self.call(placed, tokens, depths, words, self.lengths, self._last_position)
+        logits, *taps = self.call.step(run, ids, positions, self.lengths, tree, *self._states)
         self.taps = tuple(taps)
         return logits
 
@@ -203,8 +197,8 @@ class Session:
         """Keep the first counts[b] nodes of path [B, K] of the tree that was verified last."""
         if path.shape[1] > 1:  # else the root stands where it belongs
             assert self.steps.trees is not None
-            self._call.step(self.steps.trees(self._passes).commit, path, counts, self.lengths, *self._states)
-        self._call(lengthen, self.lengths, counts)
+            self.call.step(self.steps.trees(self._passes).commit, path, counts, self.lengths, *self._states)
+        self.call(increase, self.lengths, counts)
 
     @property
     def active(self) -> Tensor:
@@ -327,7 +321,7 @@ class Session:
             if self._lease is not None and not discard:
                 self._pool.give(self._lease)
             self._lease, self._states, self._decode = None, (), None
-            self._call.release()
+            self.call.release()
 
     def __enter__(self) -> Session:
         return self

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from accelc.runtime.sampling import (
+from accelc.ir.sampling import (
     CANDIDATES,
-    SamplingParams,
     apply_temperature,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     penalize_repetition,
 )
+from accelc.runtime.sampling import SamplingParams
 
 DRAWS = 64
 """Random numbers fetched from a row's generator at once; part of what a seed means, so never change it."""
@@ -40,6 +40,11 @@ class Shaping:
         self._most_k = max((p.top_k for p in params), default=0)
         self._cuts_p = any(p.top_p < 1 for p in params)
         self._cuts_min = any(p.min_p > 0 for p in params)
+
+    @property
+    def settings(self) -> tuple[Tensor, ...]:
+        """Those of `accelc::draw_token` before the random number, [R] each."""
+        return self.greedy, self._temperature, self._k, self._p, self._min
 
     def spread(self, times: int) -> Shaping:
         """For scores [R * times, V] whose neighbours belong to one row."""
@@ -75,16 +80,22 @@ class Shaping:
 class Uniforms:
     """Random numbers in [0, 1) of each row by index: row b's depend on its seed alone."""
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], device: torch.device, room: int = DRAWS) -> None:
+        """room: numbers of a row that there is memory for from the start; `reach` then gives the same tensor so far."""
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._device = device
-        self._known = torch.empty(len(self._generators), 0, dtype=torch.float64, device=device)
+        self._known = 0
+        # Of few lengths: functions are compiled for each.
+        room = max(DRAWS, 1 << (room - 1).bit_length())
+        self._table = torch.zeros(len(self._generators), room, dtype=torch.float64, device=device)
 
     def reach(self, count: int) -> Tensor:
-        """The first `count` numbers of each row, or more: [B, >= count] float64."""
-        while self._known.shape[1] < count:
+        """A tensor whose first `count` columns are the first numbers of each row: [B, >= count] float64."""
+        while self._known < count:
             block = torch.stack([torch.rand(DRAWS, dtype=torch.float64, generator=g) for g in self._generators])
-            if self._device.type == "cuda":  # from pinned memory, so that the host need not wait
-                block = block.pin_memory().to(self._device, non_blocking=True)
-            self._known = torch.cat([self._known, block.to(self._device)], dim=1)
-        return self._known
+            if self._table.device.type == "cuda":  # from pinned memory, so that the host need not wait
+                block = block.pin_memory()
+            if self._known == self._table.shape[1]:
+                self._table = torch.cat([self._table, torch.zeros_like(self._table)], dim=1)
+            self._table[:, self._known : self._known + DRAWS].copy_(block, non_blocking=True)
+            self._known += DRAWS
+        return self._table

@@ -1,5 +1,6 @@
 // The executor of compiled steps, behind a C interface: create a plan from words, run a range of its instructions.
 #include "attention.h"
+#include "draw.h"
 #include "plan.h"
 #include "rows.h"
 #include "index.h"
@@ -25,6 +26,7 @@ Op OPS[] = {
     {product, Product::scratch}, {softmax, softmax_scratch},      {map, no_scratch},  {index, no_scratch},
     {key_positions, no_scratch}, {visible, no_scratch}, {nullptr, no_scratch},
     {quantized_embedding, no_scratch}, {dequantize, no_scratch}, {top_k, top_k_scratch},
+    {draw, draw_scratch},
 };
 
 struct Plan {

@@ -33,6 +33,16 @@ struct Best {
     for (; at > 0 && above(value, values[at - 1]); at--) values[at] = values[at - 1], places[at] = places[at - 1];
     values[at] = value, places[at] = place;
   }
+  template <class T> void read(const T* from, int64_t n) {
+    int64_t i = 0;
+    for (; i < n && !full(); i++) offer(load1(from + i), i);
+    for (; i + W <= n; i += W) {
+      const vf some = load(from + i);
+      if (!any(~vi(some <= least()))) continue;
+      for (int l = 0; l < W; l++) offer(some[l], i + l);
+    }
+    for (; i < n; i++) offer(load1(from + i), i);
+  }
 };
 
 // tensors: scores [..., V], out [..., K] (int64)
@@ -46,14 +56,7 @@ inline void top_k(const Instruction& ins, Team& team) {
     each_row(team, rows.count, n, [&](int64_t row) {
       const T* from = (const T*)team.at<void>(scores) + rows.offset(scores, row);
       Best best{team.scratch, team.at<int64_t>(out) + rows.offset(out, row), out.size[last]};
-      int64_t i = 0;
-      for (; i < n && !best.full(); i++) best.offer(load1(from + i), i);
-      for (; i + W <= n; i += W) {
-        const vf some = load(from + i);
-        if (!any(~vi(some <= best.least()))) continue;
-        for (int l = 0; l < W; l++) best.offer(some[l], i + l);
-      }
-      for (; i < n; i++) best.offer(load1(from + i), i);
+      best.read(from, n);
     });
   });
 }

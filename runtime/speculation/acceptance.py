@@ -16,10 +16,10 @@ from torch import Tensor
 
 from accelc.ir import Exactness
 from accelc.ir.errors import DraftError
-from accelc.runtime.sampling import draw_from
+from accelc.ir.sampling import draw_from
 from accelc.runtime.speculation.draft import Accepted, DraftKind
 from accelc.runtime.speculation.registry import made, registry_of
-from accelc.runtime.speculation.target import Target
+from accelc.runtime.speculation.target import Target, draw_at
 from accelc.runtime.speculation.trees import Layout
 
 Successor = Callable[[Tensor], Tensor]
@@ -133,7 +133,9 @@ class Matching(AcceptanceRule):
         given = (draft.tokens, layout.parents, layout.depths, layout.paths, target.active)
         if target.plain_greedy:
             return Accepted(*target.call(keep_likeliest, target.logits, *given))
-        return Accepted(*target.call(keep_matching, target.chosen, *given))
+        if target.draws is None:
+            return Accepted(*target.call(keep_matching, target.chosen, *given))
+        return Accepted(*target.call(keep_drawn, target.logits, *given, *target.draws))
 
 
 def matches(chosen: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:
@@ -157,6 +159,14 @@ def keep_likeliest(
     best = torch.ops.accelc.top_k(logits, 1)
     value = logits.gather(2, best)
     chosen = torch.where(value - value == 0, best, -1).squeeze(2)
+    return keep_matching(chosen, tokens, parents, depths, paths, active)
+
+
+def keep_drawn(
+    logits: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, paths: Tensor, active: Tensor, *draws: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same where each row's next token is drawn from logits [B, N, V]; draws: see `draw_at`."""
+    (chosen,) = draw_at(logits, depths, *draws)
     return keep_matching(chosen, tokens, parents, depths, paths, active)
 
 

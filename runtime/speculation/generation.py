@@ -54,7 +54,8 @@ class SpeculativeGeneration(Generation):
         session.tap(source.passes)
         tapped: list[TappedChunk] = []
         logits = session.prefill(self.prompts, tapped)  # [B, V]
-        sampler = TargetSampler.of(self.params, self.seeds, self.prompts, logits, self.speculation.call)
+        given = (self.params, self.seeds, self.prompts, logits, self.speculation.call)
+        sampler = TargetSampler.of(*given, most=max(row.budget for row in self.rows), ahead=source.depth)
         session.synchronize()
         self.prefill_seconds = perf_counter() - begun
         text = self._text(logits.device, source.depth + 1)
@@ -104,7 +105,7 @@ class SpeculativeGeneration(Generation):
                 draft, accepted, row, marks = replay.run(drafted, step)
                 outcome = Outcome.read(row, accepted)  # here the host waits
                 counts, tokens = outcome.counts, outcome.tokens
-                sampler.count(accepted.tokens, accepted.counts, max(counts))
+                sampler.count(accepted.tokens, accepted.counts, counts)
                 self._recorder.add(draft.layout, outcome, going, marks)
                 if nodes is None and not catches_up:
                     paths = outcome.paths

@@ -42,7 +42,10 @@ class PlainSteps:
     def wait(self, tokens: Sequence[int], active: Sequence[Row]) -> None:
         """These tokens, one a row, which were chosen last, follow in the text."""
         if self._chosen is not None:
-            self._sampler.count(self._chosen[:, None], self._session.active, 1)
+            taken = [0] * self._session.batch
+            for row in active:
+                taken[row.index] = 1
+            self._sampler.count(self._chosen[:, None], self._session.active, taken)
         for row in active:
             self._waiting[row.index].append(tokens[row.index])
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from accelc.ir.errors import DraftError
+from accelc.ir.sampling import draw_from
 from accelc.runtime.decoder import Decoder
-from accelc.runtime.sampling import draw_from
 from accelc.runtime.session import Session, TappedChunk
 from accelc.runtime.speculation.acceptance import at_node
 from accelc.runtime.speculation.draft import Draft, DraftKind, Proposer, Setting, Source, Text

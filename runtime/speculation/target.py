@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from accelc.runtime.functions import Functions
+from accelc.runtime.functions import Functions, increase
 from accelc.runtime.sampling import SamplingParams
-from accelc.runtime.selection import choose, tokens_seen
+from accelc.runtime.selection import tokens_seen
 from accelc.runtime.shaping import Shaping, Uniforms
 from accelc.runtime.speculation.draft import Draft
 
@@ -32,10 +32,12 @@ class TargetSampler:
         own: Uniforms,
         seen: Tensor | None,
         call: Functions | None = None,
+        ahead: int = 0,
     ) -> None:
+        """ahead: most tokens of a path behind the root."""
         self.shaping = shaping
         self.call = call or Functions()
-        self._uniforms, self._own = uniforms, own
+        self._uniforms, self._own, self._ahead = uniforms, own, ahead
         self._owned = 0
         self.plain_greedy = not (shaping.samples or shaping.penalizes)
         """Whether every row takes the largest of its logits as they are."""
@@ -43,7 +45,9 @@ class TargetSampler:
         """[B, V] int32, where a repetition penalty needs it."""
         self.new = torch.zeros(len(shaping.greedy), dtype=torch.int64, device=shaping.greedy.device)
         """[B]: tokens chosen so far, where any are drawn."""
-        self._most = 0
+        self._taken = [0] * len(self.new)
+        """The same on the host."""
+        self._settings = shaping.settings
 
     @classmethod
     def of(
@@ -53,43 +57,71 @@ class TargetSampler:
         prompts: Sequence[Tensor],
         like: Tensor,
         call: Functions | None = None,
+        *,
+        most: int = 0,
+        ahead: int = 0,
     ) -> TargetSampler:
-        """For logits like ``like`` [B, V] behind prompts."""
+        """For logits like ``like`` [B, V] behind prompts, `most` tokens of a row and paths of `ahead` drafts."""
         shaping = Shaping(params, like.device)
         own = Uniforms([(seed ^ OWN_STREAM) % 2**63 for seed in seeds], like.device)
         seen = tokens_seen(prompts, like) if shaping.penalizes else None
-        return cls(shaping, Uniforms(seeds, like.device), own, seen, call)
+        return cls(shaping, Uniforms(seeds, like.device, most + 2 * ahead + 2), own, seen, call, ahead)
+
+    @property
+    def draws(self) -> tuple[Tensor, ...] | None:
+        """What `draw_at` takes besides logits and depths, the same tensors each time; None where the choice depends on
+        the tokens before.
+        """
+        if self.times_seen is not None:
+            return None
+        return self.new, self.uniforms_ahead, *self._settings
+
+    @property
+    def uniforms_ahead(self) -> Tensor:
+        """Plain decoding's random numbers [B, M] by index; known as far as the next paths may go."""
+        return self._uniforms.reach(max(self._taken) + self._ahead + 1)
 
     def following(self, logits: Tensor) -> Tensor:
-        """The token that plain decoding takes next in each row, [B], from its logits [B, V]."""
-        seen = None if self.times_seen is None else self.times_seen > 0
-        uniform = self.plain_uniforms(self.new, 0)
-        return choose(self.shaping.scores(logits, seen), self.shaping, uniform)
+        """The token that plain decoding takes next in each row, [B], from its logits [B, V]; the next call may
+        overwrite it.
+        """
+        if self.draws is not None:
+            return self.call(draw_following, logits, *self.draws)[0]
+        assert self.times_seen is not None
+        scores = self.shaping.scores(logits, self.times_seen > 0)
+        return draw_following(scores, self.new, self.uniforms_ahead, *self._settings)[0]
 
-    def count(self, tokens: Tensor, counts: Tensor, most: int) -> None:
-        """The first counts[b] of tokens [B, K] were taken; no row took more than `most`."""
+    def count(self, tokens: Tensor, counts: Tensor, taken: Sequence[int]) -> None:
+        """The first counts[b] of tokens [B, K] were taken; ``taken``: counts on the host."""
         if self.plain_greedy:
             return
         if self.times_seen is not None:
             kept = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
             self.times_seen.scatter_add_(1, tokens.clamp(min=0), kept.int())
-        self.new.add_(counts)
-        self._most += most
-
-    def plain_uniforms(self, index: Tensor, ahead: int) -> Tensor | None:
-        """Plain decoding's random numbers by index [B, ...], none more than `ahead` beyond the next; flat, None where
-        no row draws.
-        """
-        if not self.shaping.samples:
-            return None
-        known = self._uniforms.reach(self._most + ahead + 1)
-        return known.gather(1, index.reshape(len(index), -1)).flatten()
+        self.call(increase, self.new, counts)
+        self._taken = [have + more for have, more in zip(self._taken, taken, strict=True)]
+        _ = self.uniforms_ahead  # so that they are known: steps that are repeated do not ask for them
 
     def own_uniforms(self, count: int) -> Tensor:
         """Random numbers [B, count] that plain decoding does not use, each once."""
         begin = self._owned
         self._owned += count
         return self._own.reach(self._owned)[:, begin : self._owned]
+
+
+def draw_at(logits: Tensor, depths: Tensor, new: Tensor, uniforms: Tensor, *settings: Tensor) -> tuple[Tensor]:
+    """What plain decoding takes behind nodes at depths [B or 1, N] from logits [B, N, V]: int64 [B, N], with random
+    numbers [B, M] by index, of which new [B] are used up, and settings [B].
+    """
+    index = new[:, None] + depths
+    uniform = uniforms.gather(1, index)
+    return (torch.ops.accelc.draw_token(logits, *[setting[:, None] for setting in settings], uniform),)
+
+
+def draw_following(logits: Tensor, new: Tensor, uniforms: Tensor, *settings: Tensor) -> tuple[Tensor]:
+    """What plain decoding takes next from logits [B, V]: int64 [B]; the rest as for `draw_at`."""
+    uniform = uniforms.gather(1, new[:, None]).squeeze(1)
+    return (torch.ops.accelc.draw_token(logits, *settings, uniform),)
 
 
 class Target:
@@ -126,12 +158,19 @@ class Target:
         seen = (times_seen > 0)[:, None].repeat(1, n, 1).scatter_(2, tokens, True)
         return self._shaping.scores(flat, seen.flatten(0, 1))
 
+    @property
+    def draws(self) -> tuple[Tensor, ...] | None:
+        """`TargetSampler.draws`."""
+        return self._sampler.draws
+
     @cached_property
     def chosen(self) -> Tensor:
         """[B, N] int64: what plain decoding would take behind each node; -1 where the logits are not finite."""
-        index = self._sampler.new[:, None] + self.draft.layout.depths
-        uniform = self._sampler.plain_uniforms(index, self.draft.layout.depth)
-        return choose(self._scores, self._shaping, uniform).view(index.shape)
+        sampler, depths = self._sampler, self.draft.layout.depths
+        if sampler.draws is not None:
+            return self.call(draw_at, self.logits, depths, *sampler.draws)[0]
+        scores = self._scores.view(self.logits.shape)
+        return draw_at(scores, depths, sampler.new, sampler.uniforms_ahead, *sampler.shaping.settings)[0]
 
     @cached_property
     def finite(self) -> Tensor:

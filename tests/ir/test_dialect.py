@@ -313,6 +313,14 @@ def test_top_k_by_definition() -> None:
 
 
 def samples() -> dict[str, tuple]:
+    lead = (2, 3, 4)
+    draws = (
+        torch.rand(lead) < 0.5,
+        torch.rand(lead) + 0.5,
+        torch.randint(9, lead),
+        torch.rand(lead),
+        torch.rand(lead) / 2,
+    )
     plain, _ = attention_case()
     full, _ = attention_case(**CASES["everything"])
     x = torch.randn(2, 3, 4, 8)
@@ -334,6 +342,7 @@ def samples() -> dict[str, tuple]:
         "gated_activation": (x.transpose(1, 2), x.transpose(1, 2), "silu"),
         "top_k": (x.transpose(1, 2), 3),
         "top_k of one": (x, 1),
+        "draw_token": (x, *draws, torch.rand(lead, dtype=torch.float64)),
         "dequantize": (*weight, 4, 20, 40, torch.bfloat16),
         "quantized_linear": (torch.randn(3, 2, 40).transpose(0, 1), *weight, torch.randn(20), 4, 20),
         "quantized_grouped_linear": (
@@ -353,11 +362,13 @@ def test_opcheck(name: str) -> None:
 
 
 def test_every_operation_of_the_dialect_is_tested() -> None:
-    named = {op.name().removeprefix("accelc::") for op in {**REFERENCES, **QUANTIZED, **dict.fromkeys(UPDATES)}}
+    named = {op.name().removeprefix("accelc::") for op in {**REFERENCES, **QUANTIZED, **dict.fromkeys(UPDATES)}} | {
+        "draw_token"
+    }
     assert named == {name.split()[0] for name in samples()}
 
 
-@pytest.mark.parametrize("name", sorted(set(samples()) - {"cache_update", "scatter_rows"}))
+@pytest.mark.parametrize("name", sorted(set(samples()) - {"cache_update", "scatter_rows", "draw_token"}))
 def test_references_are_what_the_operations_compute(name: str) -> None:
     """Code generation expands operations to their references; kernels for quantized weights round activations."""
     operation = getattr(ops, name.split()[0]).default

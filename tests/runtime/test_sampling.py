@@ -8,8 +8,7 @@ from tiny_decoder import VOCAB, prompts_of
 from transformers.generation import logits_process as hf
 
 from accelc.ir.errors import SamplingError
-from accelc.runtime import Decoder, SamplingParams
-from accelc.runtime.sampling import (
+from accelc.ir.sampling import (
     apply_temperature,
     draw,
     keep_min_p,
@@ -17,6 +16,7 @@ from accelc.runtime.sampling import (
     keep_top_p,
     penalize_repetition,
 )
+from accelc.runtime import Decoder, SamplingParams
 from accelc.runtime.selection import LikeliestOnHost, Sampler, likeliest
 
 SCORES = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from accelc.ir import Exactness
 from accelc.ir.errors import DraftError
+from accelc.ir.sampling import draw_from
 from accelc.runtime import SamplingParams
-from accelc.runtime.sampling import draw_from
 from accelc.runtime.shaping import Shaping
 from accelc.runtime.speculation.acceptance import RULES, AcceptanceRule, Matching, Rejection, Typical, rule_for
 from accelc.runtime.speculation.draft import NOTHING, Accepted, Draft, DraftKind
@@ -40,7 +40,8 @@ class Fresh:
 def sampler(rows: int, generator: torch.Generator, params: SamplingParams | None = None) -> TargetSampler:
     shaping = Shaping([params or SamplingParams(temperature=1.0)], torch.device("cpu")).spread(rows)
     seen = torch.zeros(rows, VOCABULARY, dtype=torch.bool) if shaping.penalizes else None
-    return TargetSampler(shaping, Fresh(rows, generator), Fresh(rows, generator), seen)  # type: ignore[arg-type]
+    uniforms = Fresh(rows, generator), Fresh(rows, generator)
+    return TargetSampler(shaping, *uniforms, seen, ahead=TREE.depth)  # type: ignore[arg-type]
 
 
 def table(seed: int, sharp: float) -> Tensor:

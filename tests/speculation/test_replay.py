@@ -88,12 +88,14 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("nodes", [7, None], ids=["one size", "sizes in turn"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_repeated_steps_do_what_asked_ones_do(
     drafter: str,
     rows: int,
+    temperature: float,
     nodes: int | None,
     outcomes: list[list[list[int]]],
     repeated: list[bool],
@@ -108,7 +110,9 @@ def test_repeated_steps_do_what_asked_ones_do(
         outcomes.clear()
         repeated.clear()
         draft = DRAFTERS[drafter](decoder)
-        given = {"draft": draft, "draft_nodes": nodes, "ignore_eos": True, "stop_tokens": 22}
+        sampling = accelc.SamplingParams(temperature=temperature)
+        given = {"draft": draft, "draft_nodes": nodes, "ignore_eos": True, "stop_tokens": 22, "sampling": sampling,
+                 "seed": 5}  # fmt: skip
         got = decoder.generate(PROMPTS[:rows], max_new_tokens=NEW_TOKENS, **given)
         results.append(([row.tolist() for row in got.tokens], list(outcomes)))
         assert any(repeated) == (tries > 0)
@@ -236,10 +240,20 @@ def test_results_that_are_made_anew_are_not_repeated(steps: Steps) -> None:
     assert run(steps, [5] * 40) == 40
 
 
-def test_sampled_rules_are_not_repeated(repeated: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("accept", "sampling"),
+    [
+        ("rejection", accelc.SamplingParams(temperature=0.8)),
+        ("matching", accelc.SamplingParams(temperature=0.8, repetition_penalty=1.2)),
+        ("matching", accelc.SamplingParams(repetition_penalty=1.2)),
+    ],
+    ids=str,
+)
+def test_what_torch_computes_of_a_step_keeps_it_from_being_repeated(
+    accept: str, sampling: accelc.SamplingParams, repeated: list[bool]
+) -> None:
     decoder = accelc.compile(FAMILIES["llama"].build(), max_length=200, cache=False)
-    sampling = accelc.SamplingParams(temperature=0.8)
-    given = {"draft": accelc.PromptLookup(tokens=4), "draft_nodes": 5, "ignore_eos": True}
+    given = {"draft": accelc.PromptLookup(tokens=4), "draft_nodes": 5, "accept": accept, "ignore_eos": True}
     decoder.generate(PROMPTS[0], max_new_tokens=60, sampling=sampling, seed=1, **given)
     assert repeated
     assert not any(repeated)
