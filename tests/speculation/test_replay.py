@@ -16,7 +16,7 @@ from accelc.functions import compile_function
 from accelc.heads.modules import MEDUSA
 from accelc.runtime.clock import HostClock
 from accelc.runtime.functions import Functions, TensorFunction, put
-from accelc.runtime.speculation import generation, replay
+from accelc.runtime.speculation import generation, replay, token_recycling
 from accelc.runtime.speculation.choice import SizeChooser
 from accelc.runtime.speculation.draft import Accepted, Draft
 from accelc.runtime.speculation.outcome import Outcome
@@ -25,7 +25,7 @@ from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.trees import RECYCLING, Layout, Tree
 
 PROMPTS = [torch.arange(3, 17) % 9 + 3, torch.tensor([5, 6, 5, 6, 5]), torch.arange(40, 60)]
-NEW_TOKENS = 150
+NEW_TOKENS = 120
 
 DRAFTERS: dict[str, Callable[[accelc.CompiledDecoder], Any]] = {
     "prompt_lookup": lambda decoder: accelc.PromptLookup(tokens=6),
@@ -51,6 +51,18 @@ class InTurn(SizeChooser):
 
     def add_plain(self, seconds: float) -> None:
         self.add((), seconds)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> accelc.CompiledDecoder:
+    return accelc.compile(FAMILIES["llama"].build(), max_length=200, cache=False)
+
+
+def unlearn(decoder: accelc.CompiledDecoder) -> None:
+    """Token Recycling learns from what it decoded."""
+    for source, _ in decoder.speculator._sources.values():
+        if isinstance(source, token_recycling._Source):
+            source._proposer._successors.zero_()
 
 
 @pytest.fixture
@@ -93,6 +105,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_repeated_steps_do_what_asked_ones_do(
+    decoder: accelc.CompiledDecoder,
     drafter: str,
     rows: int,
     temperature: float,
@@ -106,7 +119,7 @@ def test_repeated_steps_do_what_asked_ones_do(
     results = []
     for tries in (0, replay.TRIES):
         monkeypatch.setattr(replay, "TRIES", tries)
-        decoder = accelc.compile(FAMILIES["llama"].build(), max_length=200, cache=False)
+        unlearn(decoder)
         outcomes.clear()
         repeated.clear()
         draft = DRAFTERS[drafter](decoder)
@@ -250,9 +263,8 @@ def test_results_that_are_made_anew_are_not_repeated(steps: Steps) -> None:
     ids=str,
 )
 def test_what_torch_computes_of_a_step_keeps_it_from_being_repeated(
-    accept: str, sampling: accelc.SamplingParams, repeated: list[bool]
+    decoder: accelc.CompiledDecoder, accept: str, sampling: accelc.SamplingParams, repeated: list[bool]
 ) -> None:
-    decoder = accelc.compile(FAMILIES["llama"].build(), max_length=200, cache=False)
     given = {"draft": accelc.PromptLookup(tokens=4), "draft_nodes": 5, "accept": accept, "ignore_eos": True}
     decoder.generate(PROMPTS[0], max_new_tokens=60, sampling=sampling, seed=1, **given)
     assert repeated
