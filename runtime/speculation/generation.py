@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from accelc.runtime.clock import clock_of
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.choice import SizeChooser
-from accelc.runtime.speculation.draft import Accepted, Draft, Proposer, Text
+from accelc.runtime.speculation.draft import Draft, Proposer, Text
 from accelc.runtime.speculation.outcome import Outcome, packed
 from accelc.runtime.speculation.plain_steps import PlainSteps
-from accelc.runtime.speculation.replay import EndOfPart, Replay
+from accelc.runtime.speculation.replay import EndOfPart, Replay, Result
 from accelc.runtime.speculation.speculator import Speculation
 from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.target import Target, TargetSampler
@@ -102,7 +101,7 @@ class SpeculativeGeneration(Generation):
                 catches_up, behind = behind, False  # first what the passes add to the last token
                 drafted = 1 if catches_up else size
                 step = functools.partial(self._speculate, self._proposer, text, sampler, drafted)
-                draft, accepted, row, marks = replay.run(drafted, step)
+                (draft, accepted, row), marks = replay.run(drafted, step)
                 outcome = Outcome.read(row, accepted)  # here the host waits
                 counts, tokens = outcome.counts, outcome.tokens
                 sampler.count(accepted.tokens, accepted.counts, counts)
@@ -115,10 +114,8 @@ class SpeculativeGeneration(Generation):
 
     def _speculate(
         self, proposer: Proposer, text: Text, sampler: TargetSampler, size: int, end_of_part: EndOfPart
-    ) -> tuple[Draft, Accepted, Tensor]:
-        """Draft, verify, keep a path and learn from it: the parts of a step, without waiting for the device. With what
-        `Outcome` reads.
-        """
+    ) -> Result:
+        """Draft, verify, keep a path and learn from it: the parts of a step, without waiting for the device."""
         session = self.session
         draft = self._draft(proposer, text, size)
         end_of_part()
@@ -131,7 +128,7 @@ class SpeculativeGeneration(Generation):
         text.append(accepted.tokens, accepted.counts)
         row = packed(draft, accepted, self.speculation.call)
         end_of_part()
-        return draft, accepted, row
+        return Result(draft, accepted, row)
 
     def _draft(self, proposer: Proposer, text: Text, size: int) -> Draft:
         """A tree of at most `size` nodes."""
@@ -149,7 +146,7 @@ class SpeculativeGeneration(Generation):
         return draft.cut(self._layouts[cut], self.speculation.call)
 
     @staticmethod
-    def _take(active: Sequence[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:
+    def _take(active: list[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:
         """Give rows their tokens of one step, one at a time; what lies behind the end of a row is dropped."""
         if len(active) == 1:
             for token in tokens[active[0].index][: counts[active[0].index]]:

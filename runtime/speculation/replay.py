@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -30,15 +30,22 @@ READS = frozenset({"__get__", "__len__", "size", "dim", "stride", "numel", "is_c
 EndOfPart: TypeAlias = Callable[[], None]
 
 
+class Result(NamedTuple):
+    """What a step gives."""
+
+    draft: Draft
+    accepted: Accepted
+    packed: Tensor
+    """What the host reads of it; see `Outcome`."""
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step called, part by part, and what it gave: the same objects each time, written anew."""
 
     size: int
     parts: tuple[tuple[Call | None, ...], ...]
-    draft: Draft
-    accepted: Accepted
-    packed: Tensor
+    result: Result
 
     def same(self, other: Step) -> bool:
         """Whether the other step called and gave the same."""
@@ -46,7 +53,8 @@ class Step:
         return (self.size, self.parts) == (other.size, other.parts) and all(a is b for a, b in given)
 
     def _given(self) -> tuple[object, ...]:
-        return *vars(self.draft).values(), *vars(self.accepted).values(), self.packed
+        draft, accepted, packed = self.result
+        return *vars(draft).values(), *vars(accepted).values(), packed
 
 
 class Outside(TorchFunctionMode):
@@ -79,7 +87,7 @@ class Replay:
         """Whether the last step, of this size, took as long as others will."""
         return self.steady or not self._repeatable or self._tried.get(size, 0) >= BINDING
 
-    def run(self, size: int, step: Callable[[EndOfPart], tuple[Draft, Accepted]]) -> tuple[Draft, Accepted, list[Mark]]:
+    def run(self, size: int, step: Callable[[EndOfPart], Result]) -> tuple[Result, list[Mark]]:
         """One step with a tree of `size` nodes, which calls what it is given at the end of each of its parts; with the
         marks between those.
         """
@@ -90,7 +98,7 @@ class Replay:
                 for call in calls:
                     call()  # type: ignore[misc]
                 marks.append(mark())
-            return last.draft, last.accepted, last.packed, marks
+            return last.result, marks
         self.steady = False
         made: list[Call | None] = []
         ends = [0]
@@ -102,16 +110,16 @@ class Replay:
         tries = self._tried.get(size, 0)
         if not self._repeatable or tries == TRIES:
             self._last = None
-            return *step(end_of_part), marks
+            return step(end_of_part), marks
         self._call.made = made
         try:
             with Outside() as outside:
-                draft, accepted, packed = step(end_of_part)
+                result = step(end_of_part)
         finally:
             self._call.made = None
         self._last = None
         if None not in made and not outside.noticed:
-            self._last = Step(size, tuple(tuple(made[b:e]) for b, e in pairwise(ends)), draft, accepted, packed)
+            self._last = Step(size, tuple(tuple(made[b:e]) for b, e in pairwise(ends)), result)
             self.steady = last is not None and last.same(self._last)
         self._tried[size] = 0 if self.steady else tries + 1
-        return draft, accepted, packed, marks
+        return result, marks

@@ -20,7 +20,7 @@ from accelc.runtime.speculation import generation, replay, token_recycling
 from accelc.runtime.speculation.choice import SizeChooser
 from accelc.runtime.speculation.draft import Accepted, Draft
 from accelc.runtime.speculation.outcome import Outcome
-from accelc.runtime.speculation.replay import EndOfPart, Replay
+from accelc.runtime.speculation.replay import EndOfPart, Replay, Result
 from accelc.runtime.speculation.statistics import Recorder
 from accelc.runtime.speculation.trees import RECYCLING, Layout, Tree
 
@@ -154,13 +154,13 @@ class Steps:
         self.accepted = Accepted(*(torch.zeros(1, dtype=torch.int64) for _ in range(4)))
         self.besides: Callable[[], object] = lambda: None
 
-    def __call__(self, end_of_part: EndOfPart) -> tuple[Draft, Accepted, Tensor]:
+    def __call__(self, end_of_part: EndOfPart) -> Result:
         self.asked += 1
         (result,) = self.call(self.function, self.count)
         self.besides()
         for _ in range(4):
             end_of_part()
-        return self.draft, self.accepted, result
+        return Result(self.draft, self.accepted, result)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def run(steps: Steps, sizes: Sequence[int], *, repeatable: bool = True) -> int:
         if size == 0:
             replayed.forget()
             continue
-        *_, result, marks = replayed.run(size, steps)
+        (*_, result), marks = replayed.run(size, steps)
         assert len(marks) == 5
         assert result.is_inference() or result.shape == (1, 1)
     assert int(steps.count) == len([size for size in sizes if size])
