@@ -23,7 +23,7 @@ class DraftModel(Drafter):
     row is), or trees of its likeliest tokens (Leviathan et al. 2023; Miao et al. 2024).
 
     * ``model``: a module, a directory, or a decoder that `accelc.compile` made of one.
-    * ``tokens``: drafts of a chain. ``tree``: a tree in place of the chain.
+    * ``tokens``: drafts of a chain. ``tree``: a tree in place of the chain, whatever ``tokens`` says.
     * ``quantize``: keep its weights in few bits: drafts may be worse, never the output.
     """
 
@@ -42,7 +42,10 @@ class DraftModel(Drafter):
         if not is_integer(self.tokens) or not 1 <= self.tokens < LIMIT:
             raise DraftError(f"tokens is {self.tokens!r}", remedy=f"Give an integer from 1 to {LIMIT - 1}.")
         if self.tree is not None and (not isinstance(self.tree, Tree) or self.tree.depth < 1):
-            raise DraftError(f"tree is {self.tree!r}", remedy="Give a Tree with at least one node behind its root.")
+            raise DraftError(
+                f"tree is {self.tree!r}",
+                remedy='Give a Tree with at least one node behind its root; "dynamic" ones are drafted by heads alone.',
+            )
 
     @property
     def kind(self) -> DraftKind:  # type: ignore[override]

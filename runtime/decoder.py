@@ -255,7 +255,8 @@ class Decoder:
             raise StopError("stop strings without a tokenizer", remedy="Pass tokenizer=, or use stop_tokens.")
         prompts = self._read(prompt)
         params, seeds = spread_params(sampling, len(prompts)), spread_seeds(seed, len(prompts))
-        speculation = self.speculator.speculation(wish, self.setting(), greedy=all(p.greedy for p in params))
+        greedy = all(p.greedy for p in params)
+        speculation = self.speculator.speculation(wish, self.setting(), greedy=greedy, seeded=seed is not None)
         rows = []
         for index, ids in enumerate(prompts):
             room = self.max_length - len(ids)

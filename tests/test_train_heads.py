@@ -136,10 +136,15 @@ def test_a_training_goes_on_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(CutOff):
         train_heads(model, text(), settings, tmp_path / "h.safetensors", progress=cut)
     assert not (tmp_path / "h.safetensors").exists()
-    with pytest.raises(InputError, match="other settings or texts lies there: rate"):
+    with pytest.raises(InputError, match="other settings, texts or model lies there: rate"):
         train_heads(model, text(), replace(settings, rate=1.0), tmp_path / "h.safetensors")
     with pytest.raises(InputError, match="data"):
         train_heads(model, text(seed=1), settings, tmp_path / "h.safetensors")
+    other = Counting(97)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    with pytest.raises(InputError, match="lies there: model"):
+        train_heads(other, text(), settings, tmp_path / "h.safetensors")
     steps = []
     train_heads(model, text(), settings, tmp_path / "h.safetensors", progress=lambda step, *_: steps.append(step))
     assert steps == list(range(6, 13))
@@ -153,6 +158,26 @@ def test_a_training_goes_on_where_it_was(tmp_path: Path) -> None:
         progress=lambda step, *_: steps.append(step),
     )  # fmt: skip
     assert steps[0] == 1
+
+
+@pytest.mark.parametrize(("file", "size"), [("model.safetensors", 100), ("optimizer.bin", 0), ("../settings.json", 3)])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str, size: int) -> None:
+    out = tmp_path / "h.safetensors"
+
+    def cut(step: int, _: int, __: float) -> None:
+        if step == 8:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        train_heads(Counting(97), text(), SMALL, out, progress=cut)
+    (checkpoint,) = (tmp_path / "h.safetensors.training").glob("step-*")
+    with open(checkpoint / file, "r+b") as damaged:
+        damaged.truncate(size)
+    with pytest.raises(InputError, match="cannot be read") as error:
+        train_heads(Counting(97), text(), SMALL, out)
+    assert "--restart" in str(error.value)
+    train_heads(Counting(97), text(), SMALL, out, restart=True)
+    assert out.exists()
 
 
 def command(saved: Path, folder: Path, out: str, *more: str) -> list[str]:

@@ -149,7 +149,8 @@ def train_heads(
     )
     run = _Run(accelerator, trunk, Objective(heads, teacher=settings.teacher), settings, windows)
     folder = out.with_name(out.name + ".training")
-    done = _resume(folder, run, {**asdict(settings), "data": digest_of(windows)}, restart)
+    identity = {**asdict(settings), "data": digest_of(windows), "model": digest(trunk.backbone)}
+    done = _resume(folder, run, identity, restart)
     loss = run.train(done, folder, progress)
     accelerator.wait_for_everyone()
     heads = accelerator.unwrap_model(run.objective).heads.eval()
@@ -273,15 +274,40 @@ def _resume(folder: Path, run: _Run, identity: dict[str, object], restart: bool)
             (folder / SETTINGS).write_text(json.dumps(identity))
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     accelerator.wait_for_everyone()
-    begun = json.loads((folder / SETTINGS).read_text())
+    begun = _settings(folder)
     begun_as = {name: value for name, value in begun.items() if identity.get(name) != value}
     if begun_as or begun.keys() != identity.keys():
         raise InputError(
-            f"an unfinished training with other settings or texts lies there: {', '.join(begun_as)}",
+            f"an unfinished training with other settings, texts or model lies there: {', '.join(begun_as)}",
             where=str(folder),
             remedy="Go on with its settings, or begin anew: --restart (restart=True).",
         )
     done = max((int(path.name.removeprefix(STEP)) for path in folder.glob(f"{STEP}*")), default=0)
     if done:
-        accelerator.load_state(str(folder / f"{STEP}{done}"))
+        _load(accelerator, folder / f"{STEP}{done}")
     return done
+
+
+def _settings(folder: Path) -> dict[str, object]:
+    try:
+        found = json.loads((folder / SETTINGS).read_text())
+        if not isinstance(found, dict):
+            raise ValueError("no settings")
+        return found
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / SETTINGS, error) from error
+
+
+def _load(accelerator: Accelerator, checkpoint: Path) -> None:
+    try:
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:  # torch's, safetensors' and pickle's, of any kind
+        raise _damaged(checkpoint, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"an unfinished training cannot be read: {type(error).__name__}: {error}",
+        where=str(path),
+        remedy="Begin anew: --restart (restart=True).",
+    )

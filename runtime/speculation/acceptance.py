@@ -34,6 +34,8 @@ class AcceptanceRule(ABC):
     """DISTRIBUTION where the tokens are distributed as without speculation, and the greedy ones are the same."""
     kinds: ClassVar[frozenset[DraftKind]] = frozenset(DraftKind)
     """The drafts for which that holds."""
+    follows_seeds: ClassVar[bool] = False
+    """Whether the tokens are those of plain decoding with the same seed, however many nodes are verified."""
 
     @abstractmethod
     def judge(self, target: Target) -> tuple[Tensor, Successor, Tensor | None]:
@@ -121,6 +123,7 @@ class Matching(AcceptanceRule):
 
     name = "matching"
     exactness = Exactness.DISTRIBUTION
+    follows_seeds = True
 
     def judge(self, target: Target) -> tuple[Tensor, Successor, Tensor | None]:
         chosen = target.chosen

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from accelc.ir import Program
-from accelc.runtime.functions import Functions, put
+from accelc.ir.errors import DraftError
+from accelc.runtime.functions import Functions, TensorFunction, put
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.registry import registry_of
 from accelc.runtime.speculation.trees import Layout
@@ -53,18 +54,41 @@ class Draft:
     probabilities: Tensor | None = None
     """[B, N, V] float: the distribution that a node's children were drawn from; None for deterministic drafts."""
 
-    def cut(self, layout: Layout, call: Functions) -> Draft:
-        """The first nodes, as many as a layout that was cut from this one's has."""
-        if layout.size == self.layout.size:
-            return self
-        (tokens,) = call(first_nodes, self.tokens, layout.depths)
-        proposed = None if self.probabilities is None else self.probabilities[:, : layout.size]
+    def rooted(self, root: Tensor, layout: Layout, function: TensorFunction, call: Functions) -> Draft:
+        """Below root [B, 1], whatever the draft says of it: the first nodes, as many as a layout has that is this one's
+        or was cut from it. function: `rooted`, for a vocabulary.
+        """
+        (tokens,) = call(function, self.tokens, root, layout.depths)
+        whole = layout.size == self.layout.size or self.probabilities is None
+        proposed = self.probabilities if whole else self.probabilities[:, : layout.size]  # type: ignore[index]
         return Draft(tokens, layout, self.kind, proposed)
 
+    def check(self, what: str, batch: int, kind: DraftKind, size: int, depth: int) -> None:
+        """Raise `DraftError` unless it fits a batch, and what its drafter (``what``, in words) and source declare."""
+        n = self.layout.size
+        wrong = None
+        if self.tokens.dtype != torch.int64 or self.tokens.shape != (batch, n):
+            wrong = f"tokens {list(self.tokens.shape)} {self.tokens.dtype} for {batch} rows of {n} nodes: int64 [B, N]"
+        elif self.layout.parents.shape[0] not in (1, batch):
+            wrong = f"a layout of {self.layout.parents.shape[0]} rows for {batch}"
+        elif n > size or self.layout.depth > depth:
+            wrong = f"a tree of {n} nodes and depth {self.layout.depth}, where its source says {size} and {depth}"
+        elif self.kind is not kind and self.kind is not DraftKind.DETERMINISTIC:
+            wrong = f"{self.kind} drafts, and its kind is {kind}"
+        elif (self.probabilities is None) != (self.kind is DraftKind.DETERMINISTIC):
+            wrong = f"{self.kind} drafts with{'out' if self.probabilities is None else ''} probabilities"
+        elif self.probabilities is not None and self.probabilities.shape[:2] != (batch, n):
+            wrong = f"probabilities {list(self.probabilities.shape)} for {batch} rows of {n} nodes: [B, N, V]"
+        if wrong:
+            raise DraftError(f"{what} proposed {wrong}", remedy="See Draft in accelc.runtime.speculation.draft.")
 
-def first_nodes(tokens: Tensor, depths: Tensor) -> tuple[Tensor]:
-    """The tokens of as many nodes as have depths."""
-    return (tokens[:, : depths.shape[1]].clone(),)
+
+def rooted(tokens: Tensor, root: Tensor, depths: Tensor, vocabulary: int) -> tuple[Tensor]:
+    """The tokens [B, N] of as many nodes as have depths, the first one being root [B, 1], and NOTHING in place of what
+    is no token of a vocabulary.
+    """
+    below = tokens[:, 1 : depths.shape[1]]
+    return (torch.cat([root, torch.where((below >= 0) & (below < vocabulary), below, NOTHING)], dim=1),)
 
 
 @dataclass(frozen=True)

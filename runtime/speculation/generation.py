@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 
+from accelc.ir.errors import AccelcError, DraftError
 from accelc.runtime.clock import clock_of
 from accelc.runtime.generation import Generation, Row
 from accelc.runtime.result import GenerateResult
@@ -93,7 +94,7 @@ class SpeculativeGeneration(Generation):
                 plain.wait(chosen, active)
                 tokens, counts = [[token] for token in chosen], [1] * len(chosen)
                 took = perf_counter() - started
-                self._recorder.add_plain(len(active), took)
+                self._recorder.add_plain(going, took)
                 if nodes is None:
                     chooser.add_plain(took)
             else:
@@ -137,13 +138,30 @@ class SpeculativeGeneration(Generation):
             if self._root is None:
                 self._root = Tree.chain(0).layout(text.tokens.device)
             return Draft(text.root, self._root)
-        draft = proposer.propose(text, size)
-        if draft.layout.size <= size:
-            return draft
-        cut = (draft.layout, size)
-        if cut not in self._layouts:
-            self._layouts[cut] = draft.layout.cut(size)
-        return draft.cut(self._layouts[cut], self.speculation.call)
+        speculation = self.speculation
+        draft = self._propose(proposer, text, size)
+        layout = draft.layout
+        if layout.size > size:
+            cut = (layout, size)
+            if cut not in self._layouts:
+                self._layouts[cut] = layout.cut(size)
+            layout = self._layouts[cut]
+        return draft.rooted(text.root, layout, speculation.rooted, speculation.call)
+
+    def _propose(self, proposer: Proposer, text: Text, size: int) -> Draft:
+        """What a drafter of whatever origin says, as far as the host can check it. Raises `DraftError`."""
+        used = self.speculation
+        what = f"the drafter {used.name!r}"
+        try:
+            draft = proposer.propose(text, size)
+        except AccelcError:
+            raise
+        except Exception as error:  # somebody else's code can raise anything; it is chained
+            raise DraftError(f"{what} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(draft, Draft):
+            raise DraftError(f"{what} proposed {type(draft).__name__}", remedy="Return a Draft from propose().")
+        draft.check(what, len(self.rows), used.kind, used.source.size, used.source.depth)
+        return draft
 
     @staticmethod
     def _take(active: list[Row], tokens: list[list[int]], counts: list[int]) -> Generator[list[Row], None, None]:
@@ -175,5 +193,7 @@ class SpeculativeGeneration(Generation):
     def result(self) -> GenerateResult:
         """Everything so far, with the statistics of speculation."""
         result, used = super().result(), self.speculation
-        summary = self._recorder.summary(used.name, used.rule.name, len(self.rows))
+        # The first token of each row came from its prompt.
+        taken = [len(row.tokens) - 1 for row in self.rows]
+        summary = self._recorder.summary(used.name, used.rule.name, taken, exactness=used.rule.exactness)
         return replace(result, statistics=replace(result.statistics, speculation=summary))

@@ -24,6 +24,10 @@ def made(registry: Registry[Thing], given: object) -> Thing:
     """An object from its name, with its default options, or itself. Raises `DraftError`, which lists the known."""
     if isinstance(given, registry.base):
         return given  # type: ignore[no-any-return]
+    if isinstance(given, type) and issubclass(given, registry.base):
+        raise DraftError(
+            f"{given.__name__} is a class", remedy=f"Make one of it: {given.__name__}(...), or give its name."
+        )
     cls = registry.find(given)
     try:
         return cls()

@@ -33,6 +33,11 @@ class SecondModel(Source):
                     f"the draft model {what} {own} tokens, and the model {wanted}",
                     remedy="Both need one vocabulary: take a draft model with the same tokenizer.",
                 )
+        if tree is not None and tree.width > decoder.vocab_size:
+            raise DraftError(
+                f"a tree with {tree.width} candidates a node for {decoder.vocab_size} tokens",
+                remedy="Leave out the nodes of the highest ranks.",
+            )
         if decoder.max_length < setting.max_length:
             raise DraftError(
                 f"the draft model's decoder holds {decoder.max_length} tokens, and the model's {setting.max_length}",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 from accelc.ir.errors import DraftError, TreeError
 from accelc.runtime.arguments import check_count
-from accelc.runtime.functions import Compile, Functions
+from accelc.runtime.functions import Compile, Functions, TensorFunction
 from accelc.runtime.speculation.acceptance import AcceptanceRule, rule_for
 from accelc.runtime.speculation.choice import Acceptance, StepTimes
-from accelc.runtime.speculation.draft import DRAFTERS, Drafter, Setting, Source
+from accelc.runtime.speculation.draft import DRAFTERS, Drafter, DraftKind, Setting, Source, rooted
 from accelc.runtime.speculation.registry import made
 
 
@@ -32,6 +33,9 @@ class Speculation:
     call: Functions
     times: StepTimes
     acceptance: Acceptance
+    rooted: TensorFunction
+    """`draft.rooted` for the decoder's vocabulary."""
+    kind: DraftKind
     nodes: int | None = None
     """Nodes that a step verifies; None: chosen by measurement."""
 
@@ -47,12 +51,16 @@ class Speculator:
     room: int
     _sources: dict[Drafter, tuple[Source, Acceptance]] = field(default_factory=dict)
     _times: StepTimes = field(default_factory=StepTimes)
+    rooted: TensorFunction | None = None
+    """One object: functions are told apart by their identity."""
 
     def __post_init__(self) -> None:
         self.call = Functions(self.compile_function)
 
-    def speculation(self, wish: Wish, setting: Setting, *, greedy: bool) -> Speculation | None:
-        """What a call does, None for plain decoding. Raises `DraftError`, `TreeError`, `InputError`."""
+    def speculation(self, wish: Wish, setting: Setting, *, greedy: bool, seeded: bool = False) -> Speculation | None:
+        """What a call does, None for plain decoding. ``seeded``: whether it must do the same again. Raises
+        `DraftError`, `TreeError`, `InputError`.
+        """
         asked = self.default.draft if wish.draft is None else wish.draft
         if asked is None or asked is False:
             for name, value in (("accept", wish.accept), ("draft_nodes", wish.nodes)):
@@ -74,4 +82,11 @@ class Speculator:
             raise TreeError(
                 f"{drafter.name} drafts trees of {source.size} nodes, and the caches have room for {self.room}"
             )
-        return Speculation(drafter.name, source, rule, self.call, self._times, acceptance, nodes)
+        if self.rooted is None:
+            readable = min(setting.vocab_size, setting.input_vocab_size or setting.vocab_size)
+            self.rooted = functools.partial(rooted, vocabulary=readable)
+        if nodes is None and seeded and not greedy and not rule.follows_seeds:
+            nodes = source.size  # a number that is chosen by measurement would change what is drawn
+        return Speculation(
+            drafter.name, source, rule, self.call, self._times, acceptance, self.rooted, drafter.kind, nodes
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from accelc.ir import Exactness
 from accelc.ir.errors import InputError
 from accelc.runtime.clock import Clock, Mark
 from accelc.runtime.speculation.outcome import Outcome
@@ -29,7 +30,7 @@ class SpeculationStatistics:
     rule: str
     row_steps: int
     tokens: int
-    """New tokens of these row-steps, those behind the end of a row included."""
+    """New tokens of these row-steps; what a step accepted behind the end of its row is not counted."""
     lengths: tuple[int, ...]
     """lengths[n]: row-steps that gave n tokens."""
     reached: tuple[tuple[int, ...], ...]
@@ -39,6 +40,8 @@ class SpeculationStatistics:
     seconds: dict[str, float]
     """Time by part: draft, verify (the compiled step), accept (with the commit), update (of the drafter)."""
     batch: int = 1
+    lossy: bool = False
+    """Whether the rule changes the distribution."""
     step_seconds: dict[int, tuple[int, float]] = field(default_factory=dict)
     """By nodes of a step: how many steps had so many, and the median of their seconds, drafting included."""
 
@@ -80,8 +83,11 @@ class SpeculationStatistics:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in self.seconds.items())
+        what = f"{self.drafter} with {self.rule}{' (LOSSY)' if self.lossy else ''}"
+        if not self.row_steps:
+            return f"{what}: no step"
         return (
-            f"{self.drafter} with {self.rule}: {self.mean_accepted_length:.2f} tokens a step "
+            f"{what}: {self.mean_accepted_length:.2f} tokens a step "
             f"(the one behind the accepted drafts counted); ms: {parts}"
         )
 
@@ -123,19 +129,21 @@ class Recorder:
 
     clock: Clock
     _steps: list[Step] = field(default_factory=list)
-    _plain: list[tuple[int, float]] = field(default_factory=list)
+    _plain: list[tuple[list[int], float]] = field(default_factory=list)
     """Steps without a tree: rows, seconds."""
 
     def add(self, layout: Layout, outcome: Outcome, rows: list[int], marks: Sequence[Mark]) -> None:
         """One step with a tree."""
         self._steps.append(Step(layout, outcome, rows, marks))
 
-    def add_plain(self, rows: int, seconds: float) -> None:
-        """One step of plain decoding, of so many rows that had not ended."""
+    def add_plain(self, rows: list[int], seconds: float) -> None:
+        """One step of plain decoding, of the rows that had not ended."""
         self._plain.append((rows, seconds))
 
-    def summary(self, drafter: str, rule: str, batch: int) -> SpeculationStatistics:
-        """The statistics of all steps so far."""
+    def summary(
+        self, drafter: str, rule: str, taken: Sequence[int], exactness: Exactness = Exactness.DISTRIBUTION
+    ) -> SpeculationStatistics:
+        """The statistics of all steps so far, of which rows have taken so many tokens."""
         by_layout: dict[Layout, list[Step]] = {}
         seconds, times = dict.fromkeys(PARTS, 0.0), {1: [took for _, took in self._plain]}
         for step in self._steps:
@@ -148,13 +156,16 @@ class Recorder:
         depth = max((step.layout.depth for step in self._steps), default=0)
         width = max((step.layout.width for step in self._steps), default=0)
         lengths = torch.zeros(depth + 2, dtype=torch.int64)
-        lengths[1] = sum(rows for rows, _ in self._plain)
+        lengths[1] = sum(len(rows) for rows, _ in self._plain)
         reached, accepted = (torch.zeros(depth, width, dtype=torch.int64) for _ in range(2))
         for steps in by_layout.values():
             counts, cells, below, kept = _of_rows(steps, width)
             lengths += torch.bincount(counts, minlength=depth + 2)
             reached.view(-1).scatter_add_(0, cells, below)
             accepted.view(-1).scatter_add_(0, cells, kept)
+        for last, surplus in self._surplus(taken):
+            lengths[last] -= 1
+            lengths[last - surplus] += 1
         return SpeculationStatistics(
             drafter=drafter,
             rule=rule,
@@ -164,9 +175,27 @@ class Recorder:
             reached=tuple(map(tuple, reached.tolist())),
             accepted=tuple(map(tuple, accepted.tolist())),
             seconds=seconds,
-            batch=batch,
+            batch=len(taken),
+            lossy=exactness is Exactness.LOSSY,
             step_seconds={nodes: (len(took), median(took)) for nodes, took in sorted(times.items()) if took},
         )
+
+    def _surplus(self, taken: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Of each row that did not take all that its last step with a tree gave: how many that gave, and how many of
+        them were not taken.
+        """
+        given, last = [0] * len(taken), [0] * len(taken)
+        for rows, _ in self._plain:
+            for row in rows:
+                given[row] += 1
+        for step in self._steps:
+            counts = step.outcome.counts
+            for row in step.rows:
+                given[row] += counts[row]
+                last[row] = counts[row]
+        for had, got, count in zip(given, taken, last, strict=True):
+            if had > got:
+                yield count, had - got
 
 
 def _of_rows(steps: Sequence[Step], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

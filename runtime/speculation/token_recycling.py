@@ -54,7 +54,10 @@ class TokenRecycling(Drafter):
 class _Source(Source):
     def __init__(self, tree: Tree, setting: Setting) -> None:
         if tree.width > setting.vocab_size:
-            raise DraftError(f"a tree with {tree.width} candidates a node for a vocabulary of {setting.vocab_size}")
+            raise DraftError(
+                f"a tree with {tree.width} candidates a node for {setting.vocab_size} tokens",
+                remedy="Leave out the nodes of the highest ranks.",
+            )
         self.size, self.depth = tree.size, tree.depth
         self._proposer = _Recycler(tree, setting)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir.errors import TreeError
+from accelc.runtime.arguments import is_integer
 
 LIMIT = 128
 """Most nodes of a tree, the root included."""
@@ -51,7 +52,12 @@ class Tree:
 
         A node stands behind its parent, and otherwise in the order given: a prefix of the order is a tree too.
         """
-        wanted = [tuple(path) for path in paths]
+        try:
+            wanted = [tuple(path) for path in paths]
+        except TypeError as error:
+            raise TreeError(
+                f"paths are {paths!r}", remedy="Give sequences of ranks, such as [(0,), (0, 1)]."
+            ) from error
         if any(not path or not all(isinstance(r, int) and r >= 0 for r in path) for path in wanted):
             raise TreeError("a path is empty or holds something else than ranks >= 0")
         place: dict[tuple[int, ...], int] = {(): 0}
@@ -69,6 +75,8 @@ class Tree:
     @classmethod
     def chain(cls, length: int) -> Tree:
         """The root and `length` tokens behind it, one after another."""
+        if not is_integer(length) or not 0 <= length < LIMIT:
+            raise TreeError(f"a chain of {length!r} tokens", remedy=f"Give an integer from 1 to {LIMIT - 1}.")
         return cls(tuple(range(-1, length)), (0,) * (length + 1))
 
     @property
@@ -114,7 +122,11 @@ class Tree:
         except (OSError, ValueError, TypeError) as error:
             if isinstance(error, TreeError):
                 raise
-            raise TreeError(f"no tree can be read: {type(error).__name__}: {error}", where=str(path)) from error
+            raise TreeError(
+                f"no tree can be read: {type(error).__name__}: {error}",
+                where=str(path),
+                remedy="Give a JSON file with paths of ranks, such as [[0], [1], [0, 0]]; Tree.save writes one.",
+            ) from error
 
     def cut(self, size: int) -> Tree:
         """The first `size` nodes."""

@@ -74,7 +74,8 @@ def test_it_catches_up_after_tokens_without_drafts(target: accelc.CompiledDecode
     """Drafts of the model itself are kept whenever they are made, though it was left out for many tokens."""
     draft = accelc.DraftModel(FAMILIES["llama"].build(), tokens=4)
     for pause in (1, 2, 5, 40):
-        stream = target.stream(PROMPTS, max_new_tokens=60, ignore_eos=True, draft=draft, draft_nodes=5)
+        many = 1 + 5 + pause + 8 * 5  # whole steps
+        stream = target.stream(PROMPTS, max_new_tokens=many, ignore_eos=True, draft=draft, draft_nodes=5)
         generation = stream._generation
         inner, sizes = generation._draft, iter([5, *[1] * pause])  # type: ignore[attr-defined]
         generation._draft = lambda proposer, text, _, inner=inner, sizes=sizes: inner(proposer, text, next(sizes, 5))  # type: ignore[attr-defined]
