@@ -99,6 +99,9 @@ def generate(
     accept: Annotated[
         str | None, typer.Option(help="Acceptance rule: matching, rejection (both lossless) or typical (LOSSY).")
     ] = None,
+    draft_nodes: Annotated[
+        int | None, typer.Option(help="Nodes of a tree that a step verifies; default: chosen by measurement.")
+    ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="Write statistics of speculation here, for tune-tree; a plot goes next to it.")
     ] = None,
@@ -145,6 +148,7 @@ def generate(
             stop_strings=tuple(stop or ()),
             draft=drafter,
             accept=accept,
+            draft_nodes=draft_nodes,
         ) as stream:
             for event in stream:
                 sys.stdout.write(event.text)

@@ -43,10 +43,12 @@ def tune_tree(statistics: Sequence[SpeculationStatistics], nodes: int | None = N
     accuracy = merged_accuracy(statistics)
     if not accuracy:
         raise InputError("no draft was below an accepted path", remedy="Record a longer generation.")
+    if not any(rate > 0 for level in accuracy for rate in level):
+        raise InputError("no draft was accepted", remedy="Record a longer generation, with --draft-nodes that drafts.")
     seconds = merged_seconds(statistics)
     chosen = "as asked"
     if nodes is None and len(seconds) < 2:
-        nodes, chosen = 64, "no choice: fewer than two sizes were measured"
+        nodes, chosen = 64, f"no choice: fewer than two sizes were measured {FEWEST} times"
     whole = best_tree(accuracy, (nodes or LIMIT) - 1)
     expected = expected_tokens(whole, accuracy)
     worthy = [n for n in range(2, whole.size + 1) if expected[n - 1] > expected[n - 2]]

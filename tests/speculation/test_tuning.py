@@ -79,7 +79,9 @@ def test_statistics_that_say_nothing() -> None:
 
 def test_from_a_generation_to_a_tree(tmp_path: Path) -> None:
     decoder = accelc.compile(FAMILIES["llama"].build(), max_length=96, cache=False)
-    found = decoder.generate([[5, 9, 5, 9]], max_new_tokens=80, ignore_eos=True, draft="token_recycling")
+    found = decoder.generate(
+        [[5, 9, 5, 9]], max_new_tokens=80, ignore_eos=True, draft="token_recycling", draft_nodes=12
+    )
     statistics = found.statistics.speculation
     assert statistics is not None
     assert sum(count for count, _ in statistics.step_seconds.values()) == found.statistics.steps
