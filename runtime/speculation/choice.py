@@ -20,7 +20,7 @@ PLAIN = 8
 """The same while nothing is drafted."""
 STALE = 400
 """Steps after which the time of a size that is not much worse is measured again."""
-PATIENCE = 64
+PATIENCE = 128
 """Plain steps after which drafts are tried again, twice as many the next time: the text may have changed."""
 
 FORGET = 0.98

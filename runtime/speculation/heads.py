@@ -134,7 +134,7 @@ class _FromContext(Proposer):
     def observe(self, draft: Draft, logits: Tensor, accepted: Accepted, taps: tuple[Tensor, ...]) -> None:
         if self.waiting:  # a token came without a draft
             before, positions, _ = self._places()
-            self.context.run(self.hidden, positions, before, *self.states)
+            self.call.step(self.context.run, self.hidden, positions, before, *self.states)
         count = accepted.path.shape[1]
         if count not in self.kept:
             self.kept[count] = taps[0].new_zeros(len(taps[0]), count, taps[0].shape[2])
