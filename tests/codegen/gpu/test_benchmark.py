@@ -37,19 +37,23 @@ def test_a_wrong_product_is_not_timed() -> None:
     weight = random_weight(Scheme.parse("int4"), 32, 256, 0)
     dense = weight.dequantize()
     x = torch.randn(4, 256)
-    benchmark.check(lambda x: x @ dense.T, x, weight)
+    assert benchmark.check("accelc", lambda x: x @ dense.T, x, weight) < 1e-6
     wrong = dense.clone()
     wrong[:, :16] = 0
     with pytest.raises(benchmark.Unavailable, match="off by"):
-        benchmark.check(lambda x: x @ wrong.T, x, weight)
+        benchmark.check("accelc", lambda x: x @ wrong.T, x, weight)
     with pytest.raises(benchmark.Unavailable, match="off by nan"):
-        benchmark.check(lambda x: x @ dense.T * float("nan"), x, weight)
+        benchmark.check("accelc", lambda x: x @ dense.T * float("nan"), x, weight)
+    rounded = dense * 1.05  # a library's own rounding, which is told
+    assert 0.02 < benchmark.check("torchao", lambda x: x @ rounded.T, x, weight) < 0.1
+    with pytest.raises(benchmark.Unavailable, match="off by"):
+        benchmark.check("accelc", lambda x: x @ rounded.T, x, weight)
 
 
 def test_tables_hold_what_was_measured() -> None:
     samples = [
-        benchmark.Sample("accelc", "int4", "o", 1, 3.25, 0.75),
-        benchmark.Sample("gemlite", "int4", "o", 4, 9.0, 0.3),
+        benchmark.Sample("accelc", "int4", "o", 1, 3.25, 0.75, 0.002),
+        benchmark.Sample("gemlite", "int4", "o", 4, 9.0, 0.3, 0.03),
     ]
     table = next(t for t in benchmark.tables(samples, "int4", (1, 4)) if "o [4096, 4096]" in str(t.title))
     assert [list(column.cells) for column in table.columns] == [
