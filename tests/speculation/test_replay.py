@@ -101,8 +101,15 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("nodes", [7, None], ids=["one size", "sizes in turn"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "nodes"),
+    [
+        pytest.param(1, 7, id="one row, one size"),
+        pytest.param(3, None, id="three rows, sizes in turn"),
+        pytest.param(1, None, id="one row, sizes in turn", marks=pytest.mark.slow),
+        pytest.param(3, 7, id="three rows, one size", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_repeated_steps_do_what_asked_ones_do(
     decoder: accelc.CompiledDecoder,
