@@ -27,7 +27,7 @@ def describe() -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])]),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -49,6 +49,11 @@ def write_results(out: Path, name: str, lines: list[str], **record: object) -> P
     path.write_text(json.dumps(dated, indent=1) + "\n")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     return path
+
+
+def _without_folder(argument: str) -> str:
+    """What a path of one machine says to others."""
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _cpu() -> str:

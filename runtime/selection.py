@@ -103,14 +103,14 @@ class Sampler:
         self._uniforms = Uniforms(seeds, like.device, most + 1)
         self._seen = tokens_seen(prompts, like)
         self._call = call or Functions()
-        self._drawn, self._index = 0, torch.zeros(len(params), 1, dtype=torch.int64, device=like.device)
+        self._drawn, self._index = 0, torch.zeros(len(params), dtype=torch.int64, device=like.device)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The next token of each row [B] from its logits [B, V]; the next call may overwrite it."""
         uniforms = self._uniforms.reach(self._drawn + 1)
         self._drawn += 1
         if not self._shaping.penalizes:
-            (tokens,) = self._call(draw_next, logits, uniforms, self._index, *self._settings)
+            (tokens,) = self._call(draw_next, logits, self._index, uniforms, *self._settings)
             return tokens
         scores = self._shaping.scores(logits, self._seen)
         tokens = torch.ops.accelc.draw_token(scores, *self._settings, uniforms[:, self._drawn - 1])
@@ -118,11 +118,19 @@ class Sampler:
         return tokens
 
 
-def draw_next(logits: Tensor, uniforms: Tensor, index: Tensor, *settings: Tensor) -> tuple[Tensor]:
-    """The next token [B] of each row from logits [B, V], by its random number of an index [B, 1], which goes on."""
-    tokens = torch.ops.accelc.draw_token(logits, *settings, uniforms.gather(1, index).squeeze(1))
-    put(index, index + 1)
-    return (tokens,)
+def draw_following(logits: Tensor, new: Tensor, uniforms: Tensor, *settings: Tensor) -> tuple[Tensor]:
+    """What decoding takes next from logits [B, V]: int64 [B], with random numbers [B, M] by index, of which new [B] are
+    used up, and settings [B].
+    """
+    uniform = uniforms.gather(1, new[:, None]).squeeze(1)
+    return (torch.ops.accelc.draw_token(logits, *settings, uniform),)
+
+
+def draw_next(logits: Tensor, new: Tensor, uniforms: Tensor, *settings: Tensor) -> tuple[Tensor]:
+    """`draw_following`, and new goes on by one."""
+    tokens = draw_following(logits, new, uniforms, *settings)
+    put(new[:, None], new[:, None] + 1)
+    return tokens
 
 
 def tokens_seen(prompts: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -136,9 +136,10 @@ class Matching(AcceptanceRule):
         given = (draft.tokens, layout.parents, layout.depths, layout.paths, target.active)
         if target.plain_greedy:
             return Accepted(*target.call(keep_likeliest, target.logits, *given))
-        if target.draws is None:
+        draws = target.draws
+        if draws is None:
             return Accepted(*target.call(keep_matching, target.chosen, *given))
-        return Accepted(*target.call(keep_drawn, target.logits, *given, *target.draws))
+        return Accepted(*target.call(keep_drawn, target.logits, *given, *draws))
 
 
 def matches(chosen: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:

@@ -164,17 +164,20 @@ def keep_path(hidden: Tensor, path: Tensor, counts: Tensor, kept: Tensor, many: 
     """Write the entries of hidden [B, N, H] on a path [B, D + 1] into kept [B, D + 1, H], and counts [B] into many.
     Returns the entries.
     """
-    rows = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
-    torch.ops.accelc.cache_update(kept, rows, counts - counts, 1)
     put(many[:, None], counts[:, None])
-    return (rows,)
+    return keep(hidden, path, kept)
 
 
 def keep_last(hidden: Tensor, node: Tensor, kept: Tensor) -> tuple[Tensor]:
     """Write the entry of hidden [B, N, H] at a node [B] of each row into kept [B, 1, H]. Returns it."""
-    row = hidden.gather(1, node[:, None, None].expand(-1, -1, hidden.shape[-1]))
-    torch.ops.accelc.cache_update(kept, row, node - node, 1)
-    return (row,)
+    return keep(hidden, node[:, None], kept)
+
+
+def keep(hidden: Tensor, path: Tensor, kept: Tensor) -> tuple[Tensor]:
+    """Write the entries of hidden [B, N, H] at nodes [B, K] into kept [B, K, H]. Returns them."""
+    rows = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))
+    torch.ops.accelc.cache_update(kept, rows, path[:, 0] - path[:, 0], 1)
+    return (rows,)
 
 
 def ends_of(hidden: Tensor, valid: Tensor, before: Tensor) -> Tensor:

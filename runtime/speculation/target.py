@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accelc.runtime.functions import Functions, increase
 from accelc.runtime.sampling import SamplingParams
-from accelc.runtime.selection import tokens_seen
+from accelc.runtime.selection import draw_following, tokens_seen
 from accelc.runtime.shaping import Shaping, Uniforms
 from accelc.runtime.speculation.draft import Draft
 
@@ -116,12 +116,6 @@ def draw_at(logits: Tensor, depths: Tensor, new: Tensor, uniforms: Tensor, *sett
     index = new[:, None] + depths
     uniform = uniforms.gather(1, index)
     return (torch.ops.accelc.draw_token(logits, *[setting[:, None] for setting in settings], uniform),)
-
-
-def draw_following(logits: Tensor, new: Tensor, uniforms: Tensor, *settings: Tensor) -> tuple[Tensor]:
-    """What plain decoding takes next from logits [B, V]: int64 [B]; the rest as for `draw_at`."""
-    uniform = uniforms.gather(1, new[:, None]).squeeze(1)
-    return (torch.ops.accelc.draw_token(logits, *settings, uniform),)
 
 
 class Target:
