@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -100,7 +100,7 @@ def generate(
         str | None, typer.Option(help="Acceptance rule: matching, rejection (both lossless) or typical (LOSSY).")
     ] = None,
     draft_nodes: Annotated[
-        int | None, typer.Option(help="Nodes of a tree that a step verifies; default: chosen by measurement.")
+        int | None, typer.Option(help="Most nodes of a tree that a step verifies; default: chosen by measurement.")
     ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="Write statistics of speculation here, for tune-tree; a plot goes next to it.")
@@ -113,10 +113,10 @@ def generate(
     """Continue a prompt with the model in a directory; the text streams to standard output."""
     from accelc.arguments import check_output
     from accelc.compiler import check_draft
-    from accelc.evaluate import read_texts
     from accelc.ir.errors import EmptyPromptError, InputError, PromptTooLongError
     from accelc.runtime.text import encode
     from accelc.speculation_report import plot_statistics
+    from accelc.texts import read_texts
 
     with named_errors():
         sampling = accelc.SamplingParams(
@@ -181,23 +181,22 @@ def evaluate(
     json_out: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure the perplexity of a model on text, as it is or with weights in few bits."""
-    from rich.progress import Progress
-
-    from accelc.evaluate import perplexity, read_texts
+    from accelc.command.progress import Bars
+    from accelc.evaluate import perplexity
     from accelc.runtime.text import encode
+    from accelc.texts import read_texts
 
     with named_errors():
         text = read_texts(texts)
         decoder = compiled(model, max_length, dtype, quantize, eager=False)
         ids = encode(decoder.tokenizer, text)[:max_tokens]
-        with Progress(console=errors, transient=True) as bar:
-            task = bar.add_task("windows", total=None)
+        with Bars(transient=True) as bars:
             result = perplexity(
                 decoder,
                 ids,
                 window=window,
                 stride=stride,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda done, total: bars("windows", done, total),
             )
     if json_out:
         typer.echo(json.dumps({**asdict(result), "perplexity": result.perplexity, "model": str(model),
@@ -223,14 +222,13 @@ def plan_quantize(
 
     Use the plan by `accelc.compile(model, quantize=QuantizationPlan.load("plan.json").to_pass())`.
     """
-    from rich.progress import Progress
-
     from accelc.arguments import check_output
-    from accelc.evaluate import read_texts
+    from accelc.command.progress import Bars
     from accelc.ir.errors import InputError
     from accelc.passes.quantize.budget import plan_quantization
     from accelc.quantization_report import plot_plan, render_plan
     from accelc.runtime.text import encode
+    from accelc.texts import read_texts
 
     with named_errors():
         if (max_bytes is None) == (max_rise is None):
@@ -243,20 +241,13 @@ def plan_quantize(
         text = read_texts(texts)
         decoder = compiled(model, length, dtype, None, eager=False)
         calibration = accelc.Calibration.of_text(encode(decoder.tokenizer, text), rows=rows, length=length)
-        with Progress(console=errors, transient=True) as bar:
-            tasks: dict[str, Any] = {}
-
-            def progress(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bar.add_task(what, total=total)
-                bar.update(tasks[what], completed=done)
-
+        with Bars(transient=True) as bars:
             plan = plan_quantization(
                 decoder.programs["step"],
                 calibration,
                 max_bytes=max_bytes,
                 max_loss=None if max_rise is None else math.log1p(max_rise),
-                progress=progress,
+                progress=bars,
             )
         plan.save(out)
         plot = plot_plan(plan, out.with_suffix(".svg"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -75,18 +73,6 @@ def perplexity(
         if progress is not None:
             progress(index + 1, len(spans))
     return Perplexity(total / count, count, len(spans), window, stride)
-
-
-def read_texts(paths: Sequence[Path]) -> str:
-    """The text of several files, one after another; '-' is standard input. Raises InputError."""
-    parts = []
-    for path in paths:
-        try:
-            content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-            parts.append(content.decode("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {path}: {error}", remedy="Give files of UTF-8 text.") from error
-    return "".join(parts)
 
 
 def _spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

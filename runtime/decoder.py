@@ -136,7 +136,8 @@ class Decoder:
         streamer: a function called with each `TokenEvent`, or a transformers streamer.
         draft: a drafter or its name, for speculative decoding; False decodes without the decoder's own. accept: an
         acceptance rule or its name; None takes the best lossless one. draft_nodes: nodes of the drafter's tree that a
-        step verifies, the root included; None chooses by what gives most tokens a second, 1 (plain decoding) included.
+        step verifies, the root included, all of a smaller tree; None chooses by what gives most tokens a second, 1
+        (plain decoding) included.
 
         Raises `InputError`s for bad input, `UnknownOptionError`, `NonFiniteLogitsError`, and `StreamerError` and
         `TokenizerError` for what the streamer and the tokenizer raise.

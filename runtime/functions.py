@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from accelc.runtime.clock import Stopwatch
+
 TensorFunction: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """From tensors to tensors, whose sizes follow from theirs; no values are read. May write to a tensor through the
 operations ``accelc::cache_update`` and ``accelc::scatter_rows`` alone."""
@@ -54,7 +56,9 @@ class Functions:
     """
 
     def __init__(self, compile_function: Compile | None = None) -> None:
-        self._compile = compile_function
+        self.compiling = Stopwatch()
+        """Time spent on that, and on what else is compiled for a decoder."""
+        self._compile = None if compile_function is None else self.compiling.timed(compile_function)
         self._known: OrderedDict[tuple[Any, ...], TensorFunction] = OrderedDict()
         self._last: dict[Any, deque[tuple[Tensor, ...]]] = {}
         """What a function was called with last, by sizes: `REMEMBERED` times."""

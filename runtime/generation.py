@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -91,15 +90,19 @@ class Generation:
     prefill_seconds: float = 0.0
     first_token_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        compiling = self.session.call.compiling
+        self.now, self._compiling, self._compiled = compiling.now, compiling, compiling.seconds
+
     def run(self) -> Generator[list[Row], None, None]:
         """Yield, after each token, the rows that took one. The caller holds the lock and inference mode."""
         session, active = self.session, self.rows
-        begun = perf_counter()
+        begun = self.now()
         logits = session.prefill(self.prompts)  # [B, V]
         most = max(row.budget for row in self.rows)
         select = selector(self.params, self.seeds, self.prompts, logits, session.call, most)
         session.synchronize()
-        self.prefill_seconds = perf_counter() - begun
+        self.prefill_seconds = self.now() - begun
         retired = False
         readable = self._readable(logits)
         while True:
@@ -108,11 +111,11 @@ class Generation:
             for row in active:
                 if row.accept(tokens[row.index]):
                     ended = True
-            self.seconds += perf_counter() - begun
+            self.seconds += self.now() - begun
             if not self.steps:
                 self.first_token_seconds = self.seconds
             yield active
-            begun = perf_counter()
+            begun = self.now()
             if ended:
                 session.retire([row.index for row in active if row.finish is not None])
                 active = [row for row in active if row.finish is None]
@@ -157,6 +160,7 @@ class Generation:
             prefill_seconds=self.prefill_seconds,
             first_token_seconds=self.first_token_seconds,
             total_seconds=self.seconds,
+            compile_seconds=self._compiling.seconds - self._compiled,
             batch=len(self.rows),
         )
         reasons = [row.finish or FinishReason.CANCELLED for row in self.rows]

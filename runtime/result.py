@@ -28,7 +28,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Measured on the host, in seconds; time that a stream's consumer takes is not counted."""
+    """Measured on the host, in seconds; the time that a stream's consumer takes, or compiling, is not counted."""
 
     prompt_tokens: int
     new_tokens: int
@@ -39,6 +39,8 @@ class Statistics:
     """From the call to the first token chosen."""
     total_seconds: float
     batch: int
+    compile_seconds: float = 0.0
+    """What was compiled in the call, because its sizes or its drafter came up first."""
     speculation: SpeculationStatistics | None = None
     """Where a drafter took part."""
 
@@ -61,6 +63,7 @@ class Statistics:
             + f", first token {self.first_token_seconds * 1e3:.1f} ms\n"
             f"new {self.new_tokens} tokens in {self.steps} steps, {self.total_seconds * 1e3:.1f} ms"
             + ("" if math.isnan(decode) else f" ({decode:.1f} tok/s decoding)")
+            + (f", {self.compile_seconds:.1f} s compiling" if self.compile_seconds >= 0.1 else "")
             + ("" if self.speculation is None else f"\n{self.speculation}")
         )
 

@@ -31,7 +31,7 @@ from accelc.ir.errors import (
 from accelc.runtime.arguments import integers
 from accelc.runtime.functions import Functions, bound, increase
 from accelc.runtime.prompts import check_range, split_rows
-from accelc.runtime.steps import StatePool, Steps
+from accelc.runtime.steps import StatePool, Steps, TreeSteps
 
 
 def round_up(tokens: int, chunk: int) -> int:
@@ -105,7 +105,7 @@ class Session:
         self._decode: Callable[[], tuple[Tensor, ...]] | None = None
         # What `decode` returned last, [B, 1, V] and [B, V]: often the same memory again.
         self._decoded = self._decoded_rows = torch.empty(0)
-        self._passes: tuple[object, ...] = ()
+        self._trees: TreeSteps | None = None
         self.taps: tuple[Tensor, ...] = ()
         """What the last `verify` returned besides logits, [B, N, ...] each; the next overwrites it."""
         self.logits: Tensor = torch.empty(0)
@@ -123,7 +123,9 @@ class Session:
 
     def tap(self, passes: tuple[object, ...]) -> None:
         """From now on `prefill` and `verify` give what these passes add to the step; see `Steps.trees`."""
-        self._passes = passes
+        assert self.steps.trees is not None
+        with self.call.compiling:
+            self._trees = self.steps.trees(passes)
 
     def prefill(self, prompts: Sequence[Tensor], tapped: list[TappedChunk] | None = None) -> Tensor:
         """Append one prompt per row (int64 [T] CPU tensors, checked) in chunks; [B, V] logits after each row's last.
@@ -139,7 +141,7 @@ class Session:
         for begin in range(0, longest, chunk):
             tokens = padded[:, begin : begin + chunk].contiguous()
             valid = (counts - begin).clamp(0, tokens.shape[1]).to(device)
-            if tapped is None or not self._passes:
+            if tapped is None or self._tree_steps().prefill is None:
                 logits = self._last_logits(tokens, valid)
             else:
                 logits, *taps = self._tapped(tokens, valid)
@@ -186,8 +188,7 @@ class Session:
         depths [B, N] and words [B, N, W] may be the same for all rows ([1, ...]); negative tokens are none, and what is
         computed for them means nothing. What is returned, the next call may overwrite.
         """
-        assert self.steps.trees is not None
-        run = self.steps.trees(self._passes).verify
+        run = self._tree_steps().verify
         ids, positions, tree = self.call(placed, tokens, depths, words, self.lengths, self._last_position)
         logits, *taps = self.call.step(run, ids, positions, self.lengths, tree, *self._states)
         self.taps = tuple(taps)
@@ -196,8 +197,7 @@ class Session:
     def commit(self, path: Tensor, counts: Tensor) -> None:
         """Keep the first counts[b] nodes of path [B, K] of the tree that was verified last."""
         if path.shape[1] > 1:  # else the root stands where it belongs
-            assert self.steps.trees is not None
-            self.call.step(self.steps.trees(self._passes).commit, path, counts, self.lengths, *self._states)
+            self.call.step(self._tree_steps().commit, path, counts, self.lengths, *self._states)
         self.call(increase, self.lengths, counts)
 
     @property
@@ -222,10 +222,15 @@ class Session:
         logits = self._run(tokens)
         return logits[torch.arange(self.batch, device=logits.device), last]
 
+    def _tree_steps(self) -> TreeSteps:
+        if self._trees is None:
+            self.tap(())
+        assert self._trees is not None
+        return self._trees
+
     def _tapped(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """As `_last_logits`, with the further outputs [B, N, ...]."""
-        assert self.steps.trees is not None
-        prefill = self.steps.trees(self._passes).prefill
+        prefill = self._tree_steps().prefill
         assert prefill is not None
         last = (valid - 1).clamp_(min=0)
         logits, *taps = prefill(tokens, self._chain(tokens), self.lengths, last, *self._states)

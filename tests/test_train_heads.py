@@ -151,13 +151,45 @@ def test_a_training_goes_on_where_it_was(tmp_path: Path) -> None:
     for name, tensor in trained(tmp_path / "whole.safetensors").items():
         assert torch.equal(trained(tmp_path / "h.safetensors")[name], tensor)
     with pytest.raises(CutOff):
-        train_heads(model, text(), settings, tmp_path / "h.safetensors", progress=cut)
+        train_heads(model, text(), settings, tmp_path / "h.safetensors", restart=True, progress=cut)
     steps.clear()
     train_heads(
         model, text(), replace(settings, seed=1), tmp_path / "h.safetensors", restart=True,
         progress=lambda step, *_: steps.append(step),
     )  # fmt: skip
     assert steps[0] == 1
+
+
+def test_what_has_ended_is_not_done_again_and_nothing_is_written_over(tmp_path: Path) -> None:
+    model, out = Counting(97), tmp_path / "h.safetensors"
+
+    def no_step(*_: object) -> None:
+        raise AssertionError("a step of training")
+
+    first = train_heads(model, text(), SMALL, out)
+    written = out.read_bytes()
+    again = train_heads(model, text(), SMALL, out, progress=no_step)
+    assert again.accuracy == pytest.approx(torch.tensor(first.accuracy).numpy())
+    for name, tensor in trained(out).items():
+        assert torch.equal(again.heads.state_dict()[name], tensor)
+    other = Counting(97)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    for what, given in {
+        "rate": (model, text(), replace(SMALL, rate=1.0)),
+        "data": (model, text(seed=1), SMALL),
+        "model": (other, text(), SMALL),
+    }.items():
+        with pytest.raises(InputError, match=f"there already, with other .*{what}") as error:
+            train_heads(*given, out, progress=no_step)
+        assert "--restart" in str(error.value)
+    with pytest.raises(InputError, match="held_out_data"):
+        train_heads(model, text()[:-1], SMALL, out, held_out=text(2), progress=no_step)
+    assert out.read_bytes() == written
+    (tmp_path / "notes.txt").write_text("not heads")
+    with pytest.raises(InputError, match="there already"):
+        train_heads(model, text(), SMALL, tmp_path / "notes.txt", progress=no_step)
+    assert (tmp_path / "notes.txt").read_text() == "not heads"
 
 
 @pytest.mark.parametrize(("file", "size"), [("model.safetensors", 100), ("optimizer.bin", 0), ("../settings.json", 3)])
@@ -212,6 +244,9 @@ def test_a_killed_training_goes_on(saved: Path, tmp_path: Path) -> None:
 def test_two_processes_train_as_one_with_twice_the_rows(saved: Path, tmp_path: Path) -> None:
     result = runner.invoke(app, command(saved, tmp_path, "one.safetensors", "--rows", "4"))
     assert result.exit_code == 0, result.output
+    assert "training: 12 of 12, loss" in result.output  # a log has lines
+    again = runner.invoke(app, command(saved, tmp_path, "one.safetensors", "--rows", "4"))
+    assert (again.exit_code, "nothing was left to do" in again.output) == (0, True), again.output
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = tmp_path / "main.py"
     script.write_text("from accelc.cli import main\nmain()\n")
@@ -234,12 +269,17 @@ def test_texts_that_are_none(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"text": "w01"}\n\n{"words": "w02"}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "plain.txt").write_text("w01 w02")
+    (tmp_path / "latin.txt").write_bytes("w01 é".encode("latin-1"))
+    (tmp_path / "separator.jsonl").write_text('{"text": "w01\u2028w02"}\n')
+    assert read_documents([tmp_path / "separator.jsonl"]) == ["w01\u2028w02"]
     (tmp_path / "good.jsonl").write_text('{"body": "w01 w02"}\n{"body": ""}\n{"body": "w03"}\n')
     assert read_documents([tmp_path / "plain.txt", tmp_path / "empty.txt"]) == ["w01 w02"]
     assert read_documents([tmp_path / "good.jsonl"], "body") == ["w01 w02", "w03"]
-    for name, match in (("lines.jsonl", "line 3"), ("number.jsonl", "line 1"), ("none.txt", "cannot be read")):
+    for name, match in (("lines.jsonl", "line 3"), ("number.jsonl", "line 1"), ("none.txt", "cannot read")):
         with pytest.raises(InputError, match=match):
             read_documents([tmp_path / name])
+    with pytest.raises(InputError, match=r"latin\.txt: .*utf-8"):
+        read_documents([tmp_path / "latin.txt"])
     tokenizer = accelc.compiler.load_tokenizer(saved)
     assert windows_of(tokenizer, ["w01 w02 w03", "w04 w05"], 2).tolist() == [[1, 2], [3, 4]]
     with pytest.raises(InputError, match="0 tokens"):
@@ -277,8 +317,9 @@ def test_settings_and_models_that_do_not_fit(tmp_path: Path) -> None:
         train_heads(model, text(), replace(SMALL, rate=1e30), tmp_path / "loss")
     with pytest.raises(InputError, match="no window"):
         train_heads(model, text(1), SMALL, tmp_path / "h")
-    with pytest.raises(DraftError, match="kind"):
-        train_heads(model, text(), replace(SMALL, kind="eagle"), tmp_path / "h")
+    for options in ({"kind": "eagle"}, {"heads": 0}, {"layers": 0}):
+        with pytest.raises(DraftError, match=next(iter(options))):
+            replace(SMALL, **options)
     with pytest.raises(DraftError, match="no table"):
         train_heads(NoTable(), text() % 12, SMALL, tmp_path / "h")
     assert train_heads(NoTable(), text() % 12, replace(SMALL, kind=MEDUSA), tmp_path / "h").config.heads == 2

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from accelc.command.shared import DTYPE, MODEL, dtype_of, errors, named_errors
+from accelc.command.shared import DTYPE, MODEL, dtype_of, named_errors
 
 EXAMPLES = """Examples:
 
@@ -50,13 +50,14 @@ def train_heads(
     precision: Annotated[str | None, typer.Option(help="no (fp32), bf16 or fp16; default: by the machine.")] = None,
     save_every: Annotated[int, typer.Option(help="Updates from one checkpoint to the next.")] = 100,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget the checkpoint of an unfinished training.")
+        bool, typer.Option("--restart", help="Forget an unfinished training, and write over a finished one.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the rows, and of what the model says.")] = 0,
     dtype: DTYPE = None,
 ) -> None:
     """Train draft heads behind a frozen model; a training that was cut off goes on when it is called again."""
     with named_errors():
+        from accelc.command.progress import Bars
         from accelc.compiler import load_model_for, load_tokenizer
         from accelc.heads.corpus import read_documents, windows_of
         from accelc.heads.training import TrainSettings, training_device
@@ -77,42 +78,25 @@ def train_heads(
         loaded.to(training_device())
         if distill:
             windows = _said_by(loaded, windows, window, temperature, seed)
-        with Bar() as progress:
-            file = train(loaded, windows, settings, out, held_out=kept, restart=restart, progress=progress)
+        with Bars() as bars:
+            file = train(
+                loaded, windows, settings, out, held_out=kept, restart=restart,
+                progress=lambda done, total, loss: bars("training", done, total, f"loss {loss:.3f}"),
+            )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
         title = "right on held-out text, by head (down) and rank"
         Console().print(rates_table(title, "head", file.accuracy))
-        typer.echo(f"Written: {out}")
+        typer.echo(f"Written: {out}" if bars.told else f"{out} is from such a training: nothing was left to do.")
 
 
 def _said_by(model: Any, windows: Any, length: int, temperature: float, seed: int) -> Any:
     import accelc
+    from accelc.command.progress import Bars
     from accelc.heads.corpus import own_samples
 
     decoder = accelc.compile(model, max_length=length)
-    with Bar("samples") as progress:
+    with Bars() as bars:
         return own_samples(
             decoder, windows, temperature=temperature, seed=seed, rows=16,
-            progress=lambda done, total: progress(done, total, None),
+            progress=lambda done, total: bars("samples", done, total),
         )  # fmt: skip
-
-
-class Bar:
-    """A progress bar on standard error, called with what is done, of how much, and the loss."""
-
-    def __init__(self, what: str = "training") -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=errors)
-        self.task = self.bar.add_task("", total=None, loss="")
-
-    def __enter__(self) -> Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, done: int, total: int, loss: float | None) -> None:
-        self.bar.update(self.task, completed=done, total=total, loss="" if loss is None else f"loss {loss:.3f}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from accelc.ir.errors import InputError
 from accelc.runtime import Decoder, SamplingParams
 from accelc.runtime.text import encode
+from accelc.texts import read_text
 
 PROMPT = 32
 """Tokens of a text that the model is given to go on from."""
@@ -26,14 +27,11 @@ def read_documents(paths: Sequence[Path], key: str = "text") -> list[str]:
     """
     documents: list[str] = []
     for path in paths:
-        try:
-            content = path.read_text(encoding="utf-8", errors="strict" if path.suffix == ".jsonl" else "replace")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read: {error}", remedy="Give text files, or JSONL.") from error
+        content = read_text(path)
         if path.suffix != ".jsonl":
             documents.append(content)
             continue
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -122,6 +122,7 @@ def _bound(
     smaller = Pipeline([quantizing]) if (quantizing := quantization(quantize)) is not None else None
 
     @functools.cache
+    @setting.call.compiling.timed
     @torch.inference_mode(False)
     @torch.no_grad()
     def drafting(nodes: int) -> Drafting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from accelc.arguments import check_output
 from accelc.capture import capture
 from accelc.heads.corpus import digest_of
-from accelc.heads.files import HeadsFile, digest
+from accelc.heads.files import HeadsFile, digest, load_heads
 from accelc.heads.graph import Backbone, refuse_without_table
 from accelc.heads.modules import DraftHeads, HeadsConfig
 from accelc.heads.objective import RANKS, Objective, accuracy
 from accelc.ir import Program
-from accelc.ir.errors import InputError
+from accelc.ir.errors import AccelcError, InputError
 from accelc.passes import Pipeline
 from accelc.passes.normalise import Normalise
 from accelc.passes.tap_hidden import TapHidden
@@ -67,6 +67,7 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.config(1, 1, 1)
         for name in ("steps", "rows", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}", remedy="Give an integer of at least 1.")
@@ -83,6 +84,12 @@ class TrainSettings:
                 f"decay {self.decay}, rate {self.rate}, warmup {self.warmup}",
                 remedy="decay lies in (0, 1], the rate above 0, warmup is at least 0.",
             )
+
+    def config(self, hidden: int, embedding: int, vocab_size: int) -> HeadsConfig:
+        """Of the heads for a model of these sizes. Raises DraftError for heads that there are not."""
+        return HeadsConfig(
+            self.kind, hidden, embedding, vocab_size, heads=self.heads, layers=self.layers, prefix=self.prefix
+        )
 
     @property
     def teacher(self) -> bool:
@@ -124,7 +131,8 @@ def train_heads(
     """Train heads for a model on windows [M, T] of token ids, write them to `out` and return them.
 
     held_out: windows that accuracies are measured on; None keeps some of `windows` from training. A training that was
-    cut off goes on from its last checkpoint, beside `out`; `restart` forgets it. In several processes (torchrun,
+    cut off goes on from its last checkpoint, beside `out`, and one that has ended is not done again: `restart` forgets
+    both. In several processes (torchrun,
     accelerate launch) all call this, and the first one writes.
 
     Raises InputError, DraftError, and CaptureError for what cannot be captured.
@@ -140,6 +148,10 @@ def train_heads(
         raise InputError("no window of text is left to train on", remedy="Give more text, or a smaller window.")
     set_seed(settings.seed)
     trunk = Trunk(model, settings.window)
+    asked = {**asdict(settings), "data": digest_of(windows), "held_out_data": digest_of(held_out)}
+    folder = out.with_name(out.name + ".training")
+    if out.exists() and not restart and not list(folder.glob(f"{STEP}*")):
+        return _finished(out, asked, digest(trunk.backbone))
     heads = _new_heads(trunk.backbone, settings)
     accelerator = Accelerator(
         mixed_precision=settings.precision or training_precision(),
@@ -148,7 +160,6 @@ def train_heads(
         cpu=trunk.program.device.type == "cpu",
     )
     run = _Run(accelerator, trunk, Objective(heads, teacher=settings.teacher), settings, windows)
-    folder = out.with_name(out.name + ".training")
     identity = {**asdict(settings), "data": digest_of(windows), "model": digest(trunk.backbone)}
     done = _resume(folder, run, identity, restart)
     loss = run.train(done, folder, progress)
@@ -160,13 +171,29 @@ def train_heads(
         model=trunk.name,
         digest=digest(trunk.backbone),
         accuracy=tuple(tuple(row) for row in rates.tolist()),
-        training={**asdict(settings), "loss_at_the_end": loss, "windows": len(windows), "held_out": len(held_out)},
+        training={**asked, "loss_at_the_end": loss, "windows": len(windows), "held_out": len(held_out)},
         source=str(out),
     )
     if accelerator.is_main_process:
         file.save(out)
         shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
+    return file
+
+
+def _finished(out: Path, asked: Mapping[str, object], model: str) -> HeadsFile:
+    """The heads in a file, if they are those that are asked for. Raises InputError for anything else."""
+    try:
+        file = load_heads(out)
+        others = [name for name, value in asked.items() if file.training.get(name) != value]
+        others += ["model"] if file.digest != model else []
+    except AccelcError:
+        others = ["contents"]
+    if others:
+        raise InputError(
+            f"{out} is there already, with other {', '.join(others)}",
+            remedy="Give another file (--out), or write over it: --restart (restart=True).",
+        )
     return file
 
 
@@ -184,10 +211,7 @@ def measure(trunk: Trunk, heads: DraftHeads, windows: Tensor, rows: int) -> Tens
 
 
 def _new_heads(backbone: Backbone, settings: TrainSettings) -> DraftHeads:
-    config = HeadsConfig(
-        settings.kind, backbone.hidden, max(1, backbone.embedding), backbone.vocab_size,
-        heads=settings.heads, layers=settings.layers, prefix=settings.prefix,
-    )  # fmt: skip
+    config = settings.config(backbone.hidden, max(1, backbone.embedding), backbone.vocab_size)
     refuse_without_table(config, backbone)
     heads = DraftHeads(config)
     if backbone.vocabulary is not None:

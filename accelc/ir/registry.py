@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Failures:
     duplicate: type[AccelcError]
     """Two classes claim one name."""
     plugin: type[AccelcError]
-    """An entry point cannot be loaded, or is something else."""
+    """An entry point cannot be loaded, or is something else; a class lacks something."""
 
 
 class Registry(Generic[Thing]):
@@ -47,12 +48,19 @@ class Registry(Generic[Thing]):
         self.what, self._several = what
         self._group, self._folder, self._failures = group, folder, failures
         self._known: dict[str, type[Thing]] = {}
+        self._required = _declared(base)
         self.plugins = functools.cache(self._plugins)
         """Entry points by name; reads package metadata only."""
         self._import_builtin = functools.cache(self._import_folder)
 
     def add(self, cls: type[Thing]) -> None:
-        """Make a class known. Raises where another one has its name."""
+        """Make a class known. Raises where another has its name, or where it does not say what its base asks for."""
+        if missing := [name for name in self._required if not hasattr(cls, name)]:
+            raise self._failures.plugin(
+                f"the {self.what} {cls.__qualname__} has no {' and no '.join(missing)}",
+                where=_place(cls),
+                remedy=f"Set class attributes: {', '.join(self._required)}; see {_place(self.base)}.",
+            )
         name = cls.name  # type: ignore[attr-defined]
         present = self._known.get(name)
         # A module that is reloaded defines its class anew; that is not a second one.
@@ -112,6 +120,12 @@ class Registry(Generic[Thing]):
         if before is not None and before is not cls:
             raise self._twice(name, f"{_place(before)} and {where}")
         self.add(cls)
+
+
+def _declared(base: Any) -> list[str]:
+    """Names of the class attributes that a base class declares and leaves to its subclasses."""
+    declared = inspect.get_annotations(base)
+    return [name for name, kind in declared.items() if str(kind).startswith("ClassVar") and not hasattr(base, name)]
 
 
 def _place(cls: type) -> str:

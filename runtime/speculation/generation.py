@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 
 import torch
 
@@ -37,6 +36,7 @@ class SpeculativeGeneration(Generation):
     """Of a step without drafts."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._clock = clock_of(self.session.steps.device)
         self._recorder = Recorder(self._clock)
 
@@ -50,14 +50,14 @@ class SpeculativeGeneration(Generation):
 
     def _run(self) -> Generator[list[Row], None, None]:
         session, source, nodes = self.session, self.speculation.source, self.speculation.nodes
-        begun = perf_counter()
+        begun = self.now()
         session.tap(source.passes)
         tapped: list[TappedChunk] = []
         logits = session.prefill(self.prompts, tapped)  # [B, V]
         given = (self.params, self.seeds, self.prompts, logits, self.speculation.call)
         sampler = TargetSampler.of(*given, most=max(row.budget for row in self.rows), ahead=source.depth)
         session.synchronize()
-        self.prefill_seconds = perf_counter() - begun
+        self.prefill_seconds = self.now() - begun
         text = self._text(logits.device, source.depth + 1)
         plain = PlainSteps(session, sampler, text, source.depth + 1)
         chooser = SizeChooser(self.speculation.times, len(self.rows), source.size, self.speculation.acceptance)
@@ -67,11 +67,11 @@ class SpeculativeGeneration(Generation):
         tokens = [[token] for token in plain.choose(logits)]
         plain.wait([token for (token,) in tokens], active)
         while True:
-            self.seconds += perf_counter() - begun
+            self.seconds += self.now() - begun
             if not self.steps:
                 self.first_token_seconds = self.seconds
             yield from self._take(active, tokens, counts)
-            begun = perf_counter()
+            begun = self.now()
             if ended := [row.index for row in active if row.finish is not None]:
                 session.retire(ended)
                 active = [row for row in active if row.finish is None]
@@ -85,7 +85,7 @@ class SpeculativeGeneration(Generation):
                 self._proposer = source.start(text, sampler, tapped)
                 replay = Replay(text.call, self._clock, repeatable=self._proposer.repeatable)
             size = nodes or chooser.size
-            started = perf_counter()
+            started = self.now()
             if size == 1 and not source.reads_all:
                 self._proposer.skip()
                 replay.forget()
@@ -93,7 +93,7 @@ class SpeculativeGeneration(Generation):
                 chosen = plain.step(active)
                 plain.wait(chosen, active)
                 tokens, counts = [[token] for token in chosen], [1] * len(chosen)
-                took = perf_counter() - started
+                took = self.now() - started
                 self._recorder.add_plain(going, took)
                 if nodes is None:
                     chooser.add_plain(took)
@@ -109,7 +109,7 @@ class SpeculativeGeneration(Generation):
                 self._recorder.add(draft.layout, outcome, going, marks)
                 if nodes is None and not catches_up:
                     paths = outcome.paths
-                    seconds = perf_counter() - started if replay.settled(drafted) else None
+                    seconds = self.now() - started if replay.settled(drafted) else None
                     chooser.add([paths[row] for row in going], seconds)
             self.steps += 1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelc.ir import StateSpec
-from accelc.runtime.functions import Functions, put
+from accelc.runtime.functions import Functions, TensorFunction, put
 from accelc.runtime.session import TappedChunk
 from accelc.runtime.speculation.acceptance import at_node
 from accelc.runtime.speculation.draft import Accepted, Draft, Proposer, Source, Text
@@ -44,6 +44,11 @@ class Context:
     states: tuple[StateSpec, ...]
     capacity: int
     max_length: int
+
+    @functools.cached_property
+    def place(self) -> TensorFunction:
+        """`behind`, one object for all generations: functions are told apart by their identity."""
+        return functools.partial(behind, end=self.max_length)
 
 
 class HeadDrafts(Source):
@@ -101,7 +106,6 @@ class _FromContext(Proposer):
 
     def __init__(self, source: HeadDrafts, context: Context, text: Text) -> None:
         self.source, self.context, self.text, self.call = source, context, text, source.call
-        self.place = functools.partial(behind, end=context.max_length)
         batch, device = len(text.lengths), text.lengths.device
         with torch.inference_mode(False):
             self.states = tuple(spec.allocate(batch, context.capacity, device) for spec in context.states)
@@ -144,7 +148,7 @@ class _FromContext(Proposer):
 
     def _places(self) -> tuple[Tensor, ...]:
         """Of the tokens in `hidden`; the text's last one is not verified yet."""
-        return self.call(self.place, self.text.lengths, self.counts, self.hidden)
+        return self.call(self.context.place, self.text.lengths, self.counts, self.hidden)
 
 
 def behind(lengths: Tensor, counts: Tensor, hidden: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:

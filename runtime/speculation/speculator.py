@@ -75,7 +75,8 @@ class Speculator:
         if not self.room:
             raise DraftError("this decoder has no step for trees", remedy="Make it with accelc.compile.")
         if drafter not in self._sources:
-            source = drafter.bind(replace(setting, call=self.call))
+            compiler = setting.compile and self.call.compiling.timed(setting.compile)
+            source = drafter.bind(replace(setting, call=self.call, compile=compiler))
             self._sources[drafter] = source, Acceptance(source.size)
         source, acceptance = self._sources[drafter]
         if source.size > self.room:

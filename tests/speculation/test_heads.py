@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from accelc.passes import Pipeline
 from accelc.passes.draft_heads import DraftHeads as InsertHeads
 from accelc.passes.tap_hidden import TapHidden
 from accelc.runtime import SamplingParams
+from accelc.runtime.result import Statistics
 from accelc.runtime.speculation import generation
 from accelc.runtime.speculation.choice import SizeChooser
 from accelc.runtime.speculation.draft import Draft, Proposer, Text
@@ -248,6 +250,23 @@ def test_a_drafter_of_a_file_is_bound_once(tmp_path: Path, backbone: Backbone) -
     assert len(decoder.speculator._sources) == 1
     decoder.generate(PROMPTS, max_new_tokens=4, draft=accelc.Medusa(file, SMALL))
     assert next(file.heads.parameters()).dtype == torch.float32, "the caller's heads stay as they are"
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_only_the_first_call_compiles(backbone: Backbone, prefix: bool) -> None:
+    """And its time is told apart from that of decoding."""
+    decoder = accelc.compile(FAMILIES["llama"].build(), max_length=96, cache=False)
+    draft = drafter(HeadsFile(random_heads(backbone, HYDRA, prefix=prefix)), HYDRA, tree=SMALL)
+
+    def statistics() -> Statistics:
+        return decoder.generate(PROMPTS, max_new_tokens=20, ignore_eos=True, draft=draft, draft_nodes=5).statistics
+
+    before = perf_counter()
+    first = statistics()
+    passed = perf_counter() - before
+    assert 0 < first.compile_seconds < passed - first.total_seconds
+    assert 0 < first.first_token_seconds <= first.total_seconds
+    assert statistics().compile_seconds < 0.01 * first.compile_seconds
 
 
 def test_quantized_heads_draft_for_a_quantized_model(backbone: Backbone) -> None:

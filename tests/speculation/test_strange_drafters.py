@@ -13,8 +13,17 @@ from torch import Tensor
 
 import accelc
 from accelc.ir.errors import DraftError
-from accelc.runtime.speculation.acceptance import Typical
-from accelc.runtime.speculation.draft import Draft, Drafter, DraftKind, Proposer, Setting, Source, Text
+from accelc.runtime.speculation.acceptance import AcceptanceRule, Typical, register_rule
+from accelc.runtime.speculation.draft import (
+    Draft,
+    Drafter,
+    DraftKind,
+    Proposer,
+    Setting,
+    Source,
+    Text,
+    register_drafter,
+)
 from accelc.runtime.speculation.trees import Tree
 
 PROMPTS = [[5, 9, 2], [7, 7, 7, 7, 3]]
@@ -175,3 +184,23 @@ def test_a_lossy_rule_is_labelled(decoder: accelc.CompiledDecoder) -> None:
     given = {"max_new_tokens": 8, "draft": "prompt_lookup", "sampling": accelc.SamplingParams(temperature=1.0)}
     assert "(LOSSY)" in str(decoder.generate([[5, 9]], accept="typical", **given).statistics)  # type: ignore[arg-type]
     assert "LOSSY" not in str(decoder.generate([[5, 9]], **given).statistics)  # type: ignore[arg-type]
+
+
+def test_classes_that_say_too_little_are_refused_where_they_are_registered() -> None:
+    class Kindless(Drafter):
+        name = "test.kindless"
+
+    class Nameless(Drafter):
+        kind = DraftKind.DETERMINISTIC
+
+    class Bare(AcceptanceRule):
+        pass
+
+    with pytest.raises(DraftError, match=r"Kindless has no kind[\s\S]*attributes: name, kind"):
+        register_drafter(Kindless)
+    with pytest.raises(DraftError, match="Nameless has no name"):
+        register_drafter(Nameless)
+    with pytest.raises(DraftError, match="Bare has no name and no exactness"):
+        register_rule(Bare)
+    with pytest.raises(DraftError, match="no drafter is named"):
+        accelc.runtime.speculation.draft.DRAFTERS.find("test.kindless")
