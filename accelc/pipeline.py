@@ -19,6 +19,7 @@ from accelc.passes.raise_attention import RaiseAttention
 from accelc.passes.raise_gated_activation import RaiseGatedActivation
 from accelc.passes.raise_norms import RaiseNorms
 from accelc.passes.raise_rotary import RaiseRotary
+from accelc.passes.read_codes import ReadCodes
 from accelc.passes.recognise_masks import RecogniseMasks
 from accelc.passes.tree_attention import TreeAttention
 
@@ -28,6 +29,7 @@ def step_pipeline(extra: Sequence[Pass] = (), disabled: Collection[str] = ()) ->
     return Pipeline(
         [
             Normalise(),
+            ReadCodes(),
             RaiseNorms(),
             RaiseRotary(),
             RaiseGatedActivation(),
@@ -58,7 +60,7 @@ def commit_pipeline() -> Pipeline:
 
 def simplify_pipeline() -> Pipeline:
     """For a captured graph that stays as it is: what a step is made of besides its cache."""
-    return Pipeline([Normalise(), RaiseNorms(), RaiseGatedActivation()])
+    return Pipeline([Normalise(), ReadCodes(), RaiseNorms(), RaiseGatedActivation()])
 
 
 def drafting_pipeline(heads: DraftHeads) -> Pipeline:

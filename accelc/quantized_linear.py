@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +14,20 @@ from accelc.ir.quantized import QuantizedWeight, Scheme
 
 
 class QuantizedModule(nn.Module):
-    """Holds a `QuantizedWeight` [N, K]: ``codes``, ``scales`` and, for asymmetric schemes, ``zeros``.
+    """Holds a `QuantizedWeight`, a matrix [N, K] or a stack of them [E, N, K]: ``codes``, ``scales`` and, for
+    asymmetric schemes, ``zeros``.
 
     They are parameters without gradient, not buffers: what is compiled does not depend on their values. Modules made of
     one another's parameters share them.
     """
 
     zeros: nn.Parameter | None
+    rank: ClassVar[int] = 2
 
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
-        if len(weight.shape) != 2:
-            raise InputError(f"a module takes a quantized matrix, not a tensor {list(weight.shape)}")
+        if len(weight.shape) != self.rank:
+            raise InputError(f"a {type(self).__name__} takes no quantized weight {list(weight.shape)}")
         self.scheme: Scheme = weight.scheme
         self.rows, self.columns = weight.rows, weight.columns
         self.codes = _parameter(weight.codes)
@@ -31,7 +35,7 @@ class QuantizedModule(nn.Module):
         self.register_parameter("zeros", None if weight.zeros is None else _parameter(weight.zeros))
 
     def weight_value(self) -> QuantizedWeight:
-        """The weight [N, K]; its tensors are the module's own."""
+        """The weight; its tensors are the module's own."""
         return QuantizedWeight(self.scheme, self.codes, self.scales, self.zeros, self.rows, self.columns)
 
     def stored_scheme(self) -> Scheme:
@@ -93,6 +97,41 @@ class QuantizedEmbedding(QuantizedModule):
         return torch.ops.accelc.quantized_embedding(  # type: ignore[no-any-return]
             ids, self.codes, self.scales, self.zeros, self.scheme.bits, self.columns, self.dtype
         )
+
+
+class QuantizedStack(QuantizedModule):
+    """A stack of matrices [E, N, K], as the experts of a mixture are, that another module multiplies by itself."""
+
+    rank = 3
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight)
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The stack, dequantized anew each time; the pass `read_codes` lets products read the codes instead."""
+        return torch.ops.accelc.dequantize(  # type: ignore[no-any-return]
+            self.codes, self.scales, self.zeros, self.scheme.bits, self.rows, self.columns, self.dtype
+        )
+
+
+STACK = "_quantized"
+"""Behind the name of a parameter: the `QuantizedStack` that took its place."""
+
+
+def put_stack(owner: nn.Module, name: str, stack: QuantizedStack) -> None:
+    """Let a module whose parameter `name` is a stack of matrices read `stack` in its place: its class becomes one of
+    the same name with a property.
+    """
+    del owner._parameters[name]
+    owner.add_module(name + STACK, stack)
+    owner.__class__ = _with_stacks(type(owner), name)
+
+
+@functools.cache
+def _with_stacks(cls: type[nn.Module], name: str) -> type[nn.Module]:
+    return type(cls.__name__, (cls,), {name: property(lambda module: getattr(module, name + STACK).weight)})
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -77,6 +77,11 @@ class TensorFiles:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the tensor {name} cannot be read: {error}", where=str(entry.file)) from error
 
+    def parts(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of one module, by their last names."""
+        names = [name for name in self.entries if name.rpartition(".")[0] == prefix]
+        return {name.rpartition(".")[2]: self.read(name) for name in names}
+
     def read_all(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several of them."""
         return {name: self.read(name) for name in names}

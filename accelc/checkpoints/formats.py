@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -24,6 +24,10 @@ class Expected:
     dtypes: tuple[torch.dtype, ...]
     shapes: tuple[tuple[int, ...], ...]
     optional: bool = False
+
+    def stacked(self, count: int) -> Expected:
+        """Of so many matrices in one tensor."""
+        return replace(self, shapes=tuple((count, *shape) for shape in self.shapes))
 
     def fits(self, entry: Entry) -> bool:
         return entry.dtype in self.dtypes and (entry.shape in self.shapes or not self.shapes)

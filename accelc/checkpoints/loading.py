@@ -13,14 +13,16 @@ from accelc.checkpoints.formats import format_of, quantization_of
 from accelc.checkpoints.layers import assign, fitted, put, quantized
 from accelc.checkpoints.plan import Plan, make_plan
 from accelc.checkpoints.skeleton import skeleton
+from accelc.checkpoints.stacks import read_stack
 from accelc.ir.errors import CheckpointError, CheckpointFormatError
-from accelc.quantized_linear import QuantizedModule
+from accelc.quantized_linear import QuantizedModule, QuantizedStack, put_stack
 
 log = logging.getLogger(__name__)
 
 
 def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """The transformers causal LM of a directory with quantized weights, its quantized linears as `QuantizedLinear`.
+    """The transformers causal LM of a directory with quantized weights, its quantized linears as `QuantizedLinear`
+    and its stacks of experts as `QuantizedStack`.
 
     Read are the methods of `accelc.checkpoints.formats.METHODS`. Codes, scales and zeros stay as they are: nothing is
     dequantized or rounded, and one matrix is worked on at a time. `dtype` is that of the parts that are not quantized,
@@ -39,14 +41,18 @@ def load_checkpoint(source: str | Path, *, dtype: torch.dtype | None = None) -> 
     for path_in_model, name in plan.quantized.items():
         module = model.get_submodule(path_in_model)
         rows, columns = _shape(module)
-        lasts = [last for last in form.expected(name, rows, columns) if f"{name}.{last}" in files.entries]
-        tensors = {last: files.read(f"{name}.{last}") for last in lasts}
+        tensors = files.parts(name)
         bias = tensors.pop("bias", None)
         weight, order = form.matrix(name, tensors, rows, columns)
         bias = None if bias is None else fitted(bias, module.weight)  # type: ignore[arg-type]
         put(model, path_in_model, quantized(module, weight, bias, order))
+    for target, stack in plan.stacks.items():
+        owner, _, last = target.rpartition(".")
+        module = model.get_submodule(owner)
+        dtype = module.get_parameter(last).dtype
+        put_stack(module, last, QuantizedStack(read_stack(model, files, form, target, stack), dtype))
     load_rest(model, files, plan)
-    log.info("%d linears of %s are quantized", len(plan.quantized), path)
+    log.info("%d linears and %d stacks of %s are quantized", len(plan.quantized), len(plan.stacks), path)
     return model
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from accelc.checkpoints.files import Entry, TensorFiles
-from accelc.checkpoints.formats import Format
+from accelc.checkpoints.formats import Expected, Format
 from accelc.checkpoints.layers import matrix_shape
 from accelc.checkpoints.names import Merge, Names, natural
 from accelc.ir.errors import CheckpointError
+from accelc.ir.quantized import LANES
+from accelc.quantized_linear import STACK
 
 SHOWN = 6
 """Problems that an error lists."""
@@ -20,13 +23,44 @@ SHOWN = 6
 @dataclass
 class Plan:
     """``quantized``: modules, and the name they have in the files; ``plain``: parameters and buffers, and their tensor;
-    ``merges``: parameters made of several; ``tied``: parameters, and the one they are.
+    ``merges``: parameters made of several; ``tied``: parameters, and the one they are; ``stacks``: parameters that are
+    stacks of matrices, and the names of these, or of the stack, in the files.
     """
 
     quantized: dict[str, str] = field(default_factory=dict)
     plain: dict[str, str] = field(default_factory=dict)
     merges: dict[str, Merge] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
+
+
+@dataclass
+class Stack:
+    """A quantized parameter: a stack of matrices."""
+
+    shape: tuple[int, ...]
+    """[E, N, K]"""
+    merge: Merge | None
+    """How it is made of matrices of the files; None where it is one tensor there."""
+    names: list[str] = field(default_factory=list)
+    """Of the matrices, or of the stack."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of a matrix of the files: an expert's are several of them, one above the other."""
+        count, rows, columns = self.shape
+        return rows // max(1, len(self.names) // count), columns
+
+    def problem(self) -> str:
+        """Why the matrices do not make the stack; empty where they do."""
+        assert self.merge is not None
+        count, rows, _ = self.shape
+        each, left = divmod(len(self.names), count)
+        if left or not each or rows % each:
+            return f"needs as many of each of its {count} experts in"
+        if len(self.merge.targets) != 1:
+            return "makes several parameters of them, one of them"
+        return "joins matrices whose rows are no multiple of 16 in" if self.matrix[0] % LANES and each > 1 else ""
 
 
 def make_plan(model: nn.Module, files: TensorFiles, form: Format | None) -> Plan:
@@ -49,6 +83,8 @@ class _Planner:
         modules = self._quantized_modules()
         for module in modules:
             self._plan_quantized(module)
+        for target, stack in self.made.stacks.items():
+            self._check_stack(target, stack)
         for name in natural(self.files.entries):
             if name.rpartition(".")[0] not in modules:
                 self._plan_plain(name)
@@ -73,9 +109,9 @@ class _Planner:
 
     def _plan_quantized(self, prefix: str) -> None:
         assert self.form is not None
-        entries = self.files.entries
-        present = {name.rpartition(".")[2] for name in entries if name.rpartition(".")[0] == prefix}
         weight, pattern = self.names.of(f"{prefix}.weight")
+        if self._in_stack(prefix, weight, pattern):
+            return
         path = weight.removesuffix(".weight")
         module = self.model.get_submodule(path) if weight in self.state and pattern is None else None
         shape = matrix_shape(module) if module is not None else None
@@ -88,17 +124,50 @@ class _Planner:
                 why = f"does more than multiply by it, in a {type(module).__name__}"
             self.problems.append(f"{prefix} is quantized, but the model {why}")
             return
-        expected = self.form.expected(prefix, *shape)
+        self._check_parts(prefix, self.form.expected(prefix, *shape), getattr(module, "bias", None) is not None)
+        self.made.quantized[path] = prefix
+
+    def _check_parts(self, prefix: str, expected: Mapping[str, Expected], has_bias: bool) -> None:
+        entries = self.files.entries
         for last, want in expected.items():
             name = f"{prefix}.{last}"
-            required = not want.optional or (last == "bias" and getattr(module, "bias", None) is not None)
+            required = not want.optional or (last == "bias" and has_bias)
             if name in entries and not want.fits(entries[name]):
                 self.problems.append(f"{name} is {entries[name]}, expected {want}")
             elif name not in entries and required:
                 self.problems.append(f"{name} is missing, expected {want}")
+        present = {name.rpartition(".")[2] for name in entries if name.rpartition(".")[0] == prefix}
         for last in natural(present - expected.keys()):
             self._unexpected(f"{prefix}.{last}")
-        self.made.quantized[path] = prefix
+
+    def _in_stack(self, prefix: str, weight: str, pattern: str | None) -> bool:
+        """Whether a quantized matrix is a part of a stack, or one itself: then that is planned."""
+        own = prefix.removesuffix(STACK)
+        target = weight if pattern is not None else own if own != prefix else ""
+        if target not in self.state or self.state[target].dim() != 3:
+            return False
+        if target not in self.made.stacks:
+            merge = self.names.merge(target, pattern) if pattern is not None else None
+            self.made.stacks[target] = Stack(tuple(self.state[target].shape), merge)
+        stack = self.made.stacks[target]
+        stack.names.append(prefix)
+        if stack.merge is not None and pattern is not None:
+            stack.merge.sources.append((pattern, prefix))
+        return True
+
+    def _check_stack(self, target: str, stack: Stack) -> None:
+        assert self.form is not None
+        if stack.merge is None:
+            count, rows, columns = stack.shape
+            parts = self.form.expected(stack.names[0], rows, columns).items()
+            stacked = {last: want.stacked(count) for last, want in parts if last in ("codes", "scales", "zeros")}
+            self._check_parts(stack.names[0], stacked, False)
+        elif problem := stack.problem():
+            self.problems.append(f"{stack.names[0]} and others are quantized, but the model {problem} {target}")
+        else:
+            for name in stack.names:
+                parts = self.form.expected(name, *stack.matrix).items()
+                self._check_parts(name, {last: want for last, want in parts if last != "bias"}, False)
 
     def _plan_plain(self, name: str) -> None:
         target, pattern = self.names.of(name)
@@ -130,7 +199,7 @@ class _Planner:
     def _plan_rest(self) -> None:
         """What no tensor is for is tied to something, was computed, or is missing."""
         made = self.made
-        done = {*made.plain, *(t for merge in made.merges.values() for t in merge.targets)}
+        done = {*made.plain, *made.stacks, *(t for merge in made.merges.values() for t in merge.targets)}
         done |= {f"{module}.{last}" for module in made.quantized for last in ("weight", "bias")}
         pairs: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
         ties = {**{source: target for target, source in pairs.items()}, **pairs}

@@ -21,13 +21,18 @@ ROWS = 256
 """Rows of the inputs that an exponent is judged by."""
 
 
-def search_scales(x: Tensor, weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> tuple[Tensor, float, float]:
-    """Scales [K] for weights [N, K] that read x [M, K]; with the squared errors of the products without and with them.
+def search_scales(
+    pieces: Sequence[Tensor], weights: Sequence[Tensor], schemes: Sequence[Scheme]
+) -> tuple[Tensor, float, float]:
+    """Scales [K] for weights [N, K] that read the rows [M, K] of all pieces; with the squared errors of the products
+    without and with them.
 
     Errors are means over rows of the sum over all outputs.
     """
-    size = x.float().abs().mean(0).clamp(min=1e-6)
-    sample = x[:: max(1, -(-len(x) // ROWS))].float()
+    rows = sum(map(len, pieces))
+    size = (sum(piece.float().abs().sum(0) for piece in pieces) / rows).clamp(min=1e-6)  # type: ignore[union-attr]
+    step_between = max(1, -(-rows // ROWS))
+    sample = torch.cat([piece[::step_between] for piece in pieces]).float()
     best, first, least = torch.ones_like(size), 0.0, float("inf")
     for step in range(STEPS + 1):
         scales = size.pow(step / STEPS)

@@ -10,7 +10,7 @@ and for a tolerated loss the budget is corrected by what was measured.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def plan_quantization(
         raise InputError("a plan needs one budget", remedy="Give max_bytes, or max_loss.")
     report = progress or (lambda what, done, total: None)
     matrices = {path: m for path, m in find_matrices(program).items() if m.products and not m.router}
-    exact = _log_probabilities(program, calibration)
+    exact = list(_log_probabilities(program, calibration))
     sensitivities = {}
     for index, (path, matrix) in enumerate(matrices.items()):
         sensitivities[path] = _sensitivity(program, matrix, exact, calibration)
@@ -135,7 +135,7 @@ def _within(
     program: Program,
     options: dict[str, list[Option]],
     max_loss: float,
-    exact: Tensor,
+    exact: Sequence[Tensor],
     calibration: Calibration,
     report: Progress,
 ) -> tuple[dict[str, Option], float]:
@@ -182,12 +182,12 @@ def _options(program: Program, matrix: Matrix, sensitivity: float, schemes: Sequ
     return [Option(Scheme.parse(text), bits_of(Scheme.parse(text), shape), unit * errors[text]) for text in schemes]
 
 
-def _sensitivity(program: Program, matrix: Matrix, exact: Tensor, calibration: Calibration) -> float:
+def _sensitivity(program: Program, matrix: Matrix, exact: Sequence[Tensor], calibration: Calibration) -> float:
     """What rounding this weight alone loses, in nats a token."""
     return _divergence(_rounded(program, {matrix.path: Scheme.parse(PROBE)}), exact, calibration)
 
 
-def _measure(program: Program, chosen: dict[str, Option], exact: Tensor, calibration: Calibration) -> float:
+def _measure(program: Program, chosen: dict[str, Option], exact: Sequence[Tensor], calibration: Calibration) -> float:
     return _divergence(_rounded(program, {p: o.scheme for p, o in chosen.items()}), exact, calibration)
 
 
@@ -202,13 +202,14 @@ def _rounded(program: Program, schemes: dict[str, Scheme]) -> Program:
     return program
 
 
-def _log_probabilities(program: Program, calibration: Calibration) -> Tensor:
-    """log p [R, T, V] of every next token of the text."""
-    facts: dict[str, Any] = program.facts.get("capture", {})  # type: ignore[assignment]
-    tokens = calibration.tokens[:, : int(facts.get("max_length", calibration.tokens.shape[1]))].to(program.device)
-    return program.run(*step_inputs(program, tokens))[0].float().log_softmax(-1)
+def _log_probabilities(program: Program, calibration: Calibration) -> Iterator[Tensor]:
+    """log p [r, T, V] of every next token of the text, a few rows at a time."""
+    for tokens in calibration.pieces(program):
+        yield program.run(*step_inputs(program, tokens))[0].float().log_softmax(-1)
 
 
-def _divergence(program: Program, exact: Tensor, calibration: Calibration) -> float:
-    rounded = _log_probabilities(program, calibration)
-    return float((exact.exp() * (exact - rounded)).sum(-1).mean())
+def _divergence(program: Program, exact: Sequence[Tensor], calibration: Calibration) -> float:
+    total = 0.0
+    for known, rounded in zip(exact, _log_probabilities(program, calibration), strict=True):
+        total += float((known.exp() * (known - rounded)).sum(-1).sum())
+    return total / sum(known.shape[0] * known.shape[1] for known in exact)

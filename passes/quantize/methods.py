@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from accelc.ir import Program
 from accelc.ir.quantized import QuantizedWeight, Scheme
 from accelc.ir.rounding import round_to_nearest
-from accelc.passes.quantize.calibration import Calibration, run_calibrated
+from accelc.passes.quantize.calibration import Calibration, Rows, run_calibrated
 from accelc.passes.quantize.gptq import gptq
 from accelc.passes.quantize.half_quadratic import half_quadratic
 from accelc.passes.quantize.products import Matrix, Product
@@ -30,32 +30,36 @@ def calibrated(
     """GPTQ for every matrix, each with the second moments of its own inputs (of each expert's, in stacks)."""
     done: dict[str, QuantizedWeight] = {}
 
-    def made(matrix: Matrix, product: Product, x: Tensor, ends: Tensor | None) -> QuantizedWeight:
+    def made(matrix: Matrix, product: Product, pieces: Sequence[Rows]) -> QuantizedWeight:
         weight, scheme = matrix.weight(program), schemes[matrix.path]
-        if ends is None:
-            done[matrix.path] = gptq(weight, second_moment(x), scheme)
+        if pieces[0].ends is None:
+            done[matrix.path] = gptq(weight, second_moment([piece.x for piece in pieces]), scheme)
         else:
-            done[matrix.path] = _by_expert(weight, x, ends.tolist(), scheme)
+            done[matrix.path] = _by_expert(weight, pieces, scheme)
         return done[matrix.path]
 
     run_calibrated(program, matrices, text, made)
     return done
 
 
-def second_moment(x: Tensor) -> Tensor:
-    """mean(x x^T) [K, K] of rows [M, K], in fp32."""
-    rows = x.float()
-    return rows.T @ rows / max(len(rows), 1)
+def second_moment(pieces: Sequence[Tensor]) -> Tensor:
+    """mean(x x^T) [K, K] of the rows [M, K] of all pieces, in fp32."""
+    columns = pieces[0].shape[-1]
+    total = torch.zeros(columns, columns, device=pieces[0].device)
+    for piece in pieces:
+        rows = piece.float()
+        total.addmm_(rows.T, rows)
+    return total / max(sum(map(len, pieces)), 1)
 
 
-def _by_expert(weight: Tensor, x: Tensor, ends: list[int], scheme: Scheme) -> QuantizedWeight:
+def _by_expert(weight: Tensor, pieces: Sequence[Rows], scheme: Scheme) -> QuantizedWeight:
     """Each expert by its own rows; one that the text did not reach by all rows of the layer."""
-    parts, begin = [], 0
-    everyone = second_moment(x)
-    for expert, end in enumerate(ends):
-        own = second_moment(x[begin:end]) if end - begin >= x.shape[-1] // 4 else everyone
-        parts.append(gptq(weight[expert], own, scheme))
-        begin = max(begin, end)
+    parts = []
+    everyone = second_moment([piece.x for piece in pieces])
+    for expert in range(len(weight)):
+        own = [piece.of_expert(expert) for piece in pieces]
+        enough = sum(map(len, own)) >= weight.shape[-1] // 4
+        parts.append(gptq(weight[expert], second_moment(own) if enough else everyone, scheme))
     zeros = None if parts[0].zeros is None else torch.stack([p.zeros for p in parts])  # type: ignore[misc]
     codes, scales = torch.stack([p.codes for p in parts]), torch.stack([p.scales for p in parts])
     return QuantizedWeight(scheme, codes, scales, zeros, parts[0].rows, parts[0].columns)

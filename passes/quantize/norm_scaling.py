@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from accelc.ir import Program
 from accelc.ir.program import fetch, store
 from accelc.ir.quantized import Scheme
 from accelc.passes.quantize.activation_aware import search_scales
-from accelc.passes.quantize.calibration import Calibration, run_calibrated
+from accelc.passes.quantize.calibration import Calibration, Rows, run_calibrated
 from accelc.passes.quantize.memory import free
 from accelc.passes.quantize.products import Matrix, Product
 
@@ -52,12 +52,13 @@ def scale_norms(
     scales: dict[fx.Node, Tensor] = {}
     gains = []
 
-    def collect(matrix: Matrix, product: Product, x: Tensor, ends: Tensor | None) -> None:
+    def collect(matrix: Matrix, product: Product, pieces: Sequence[Rows]) -> None:
         group = owner.get(product.node)
         if group is None or group.norm in scales:
             return
         weights = [m.weight(program) for m, _ in group.products]
-        found, before, after = search_scales(x, weights, [schemes[m.path] for m, _ in group.products])
+        kept = [schemes[m.path] for m, _ in group.products]
+        found, before, after = search_scales([piece.x for piece in pieces], weights, kept)
         scales[group.norm] = found
         gains.append(after / before if before > 0 else 1.0)
 

@@ -71,10 +71,10 @@ def find_matrices(program: Program) -> dict[str, Matrix]:
         if node.op != "get_attr" or not _is_matrix(fetch(program.module, str(node.target))):
             continue
         path = str(node.target)
-        for reader, turned, view in _readers(node):
+        for reader, turned, view in readers(node):
             if reader.target is aten.embedding.default and reader.args[0] is view and not turned:
                 lookups[path].append(reader)
-            elif product := _product(reader, view):
+            elif product := product_of(reader, view):
                 found[path].append((turned != (reader.target is not aten.linear.default), product))
             else:
                 refused.add(path)
@@ -103,11 +103,11 @@ def _is_matrix(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() in (2, 3) and value.is_floating_point()
 
 
-def _readers(node: fx.Node, turned: bool = False) -> Iterator[tuple[fx.Node, bool, fx.Node]]:
+def readers(node: fx.Node, turned: bool = False) -> Iterator[tuple[fx.Node, bool, fx.Node]]:
     """What reads a weight, directly or with its last two dims exchanged, whether they are, and the node it reads."""
     for user in node.users:
         if _exchanges(user, node):
-            yield from _readers(user, not turned)
+            yield from readers(user, not turned)
         else:
             yield user, turned, node
 
@@ -128,7 +128,7 @@ def _exchanges(node: fx.Node, source: fx.Node) -> bool:
     return False
 
 
-def _product(node: fx.Node, weight: fx.Node) -> Product | None:
+def product_of(node: fx.Node, weight: fx.Node) -> Product | None:
     """The node as a product with `weight`, which is used for nothing else in it."""
     if sum(argument is weight for argument in node.args) != 1 or not isinstance(node.target, torch._ops.OpOverload):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
@@ -23,16 +24,17 @@ def rewrite(program: Program, matrix: Matrix, made: QuantizedWeight) -> int:
     graph = program.graph
     dtype = fetch(program.module, matrix.path).dtype
     parts = _attributes(program, matrix.path, made)
+    codes = Codes(tuple(parts), made.scheme.bits, made.rows, made.columns, made.shape[0], made.codes.device)
     for product in matrix.products:
         with graph.inserting_before(product.node):
-            new = _quantized(graph, product, parts, made)
-        _exchange(product.node, new)
+            new = quantized_product(graph, product, codes)
+        exchange(product.node, new)
     for lookup in matrix.lookups:
         with graph.inserting_before(lookup):
             new = graph.call_function(
                 ops.quantized_embedding.default, (lookup.args[1], *parts, made.scheme.bits, made.columns, dtype)
             )
-        _exchange(lookup, new)
+        exchange(lookup, new)
     return len(matrix.products) or len(matrix.lookups)
 
 
@@ -57,23 +59,37 @@ def _attributes(program: Program, path: str, made: QuantizedWeight) -> list[fx.N
     return nodes
 
 
-def _quantized(graph: fx.Graph, product: Product, parts: list[fx.Node | None], made: QuantizedWeight) -> fx.Node:
-    bits, rows = made.scheme.bits, made.rows
+@dataclass(frozen=True)
+class Codes:
+    """A quantized weight [N, K], or a stack of them [E, N, K], in a graph."""
+
+    parts: tuple[fx.Node | None, ...]
+    """Codes, scales and zeros."""
+    bits: int
+    rows: int
+    columns: int
+    experts: int
+    """E; of a stack alone."""
+    device: torch.device
+
+
+def quantized_product(graph: fx.Graph, product: Product, codes: Codes) -> fx.Node:
+    """The product with codes, where nodes are inserted now."""
+    parts, bits, rows = codes.parts, codes.bits, codes.rows
     if product.kind == "linear":
         return graph.call_function(ops.quantized_linear.default, (product.x, *parts, product.bias, bits, rows))
     if product.kind == "grouped":
         return graph.call_function(ops.quantized_grouped_linear.default, (product.x, *parts, product.ends, bits, rows))
-    experts = made.shape[0]
     each = graph.call_function(aten.sym_size.int, (product.x, 1))  # [E, M, K]: each expert has M rows
-    beyond = graph.call_function(operator.add, (graph.call_function(operator.mul, (each, experts)), 1))
-    device = made.codes.device
-    ends = graph.call_function(aten.arange.start_step, (each, beyond, each), {"device": device})
-    flat = graph.call_function(aten.reshape.default, (product.x, [-1, made.columns]))
+    beyond = graph.call_function(operator.add, (graph.call_function(operator.mul, (each, codes.experts)), 1))
+    ends = graph.call_function(aten.arange.start_step, (each, beyond, each), {"device": codes.device})
+    flat = graph.call_function(aten.reshape.default, (product.x, [-1, codes.columns]))
     result = graph.call_function(ops.quantized_grouped_linear.default, (flat, *parts, ends, bits, rows))
-    return graph.call_function(aten.reshape.default, (result, [experts, each, rows]))
+    return graph.call_function(aten.reshape.default, (result, [codes.experts, each, rows]))
 
 
-def _exchange(old: fx.Node, new: fx.Node) -> None:
+def exchange(old: fx.Node, new: fx.Node) -> None:
+    """Put a node in the place of another."""
     new.meta = dict(old.meta)
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)

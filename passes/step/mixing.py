@@ -366,7 +366,7 @@ def _scatter(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
 
 @rule(aten.index_put, aten.index_add, aten.scatter_add, aten.scatter_reduce, aten.histc)
 @rule(aten.bincount, aten.one_hot, aten._grouped_mm, aten.searchsorted, aten.bucketize, aten.index_copy)
-@rule("transformers::grouped_mm_fallback", "aten::_grouped_mm")
+@rule("transformers::grouped_mm_fallback", "aten::_grouped_mm", accelc.quantized_grouped_linear)
 def router(analysis: Analysis, node: fx.Node, roles: Roles) -> Call:
     """Known routers: they shuffle rows (batch and tokens merged) and bring them back, as mixtures of experts do.
 

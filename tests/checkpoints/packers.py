@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -148,6 +148,43 @@ def write(
     save_file(tensors, folder / "model.safetensors")
     config = model.config.to_dict() | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
+    return matrices
+
+
+EXPERTS = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
+"""A matrix of a Mixtral expert in files: the stack that transformers keeps it in, and which half of its rows."""
+
+
+def write_experts(
+    model: nn.Module,
+    folder: Path,
+    settings: dict[str, Any],
+    make: Callable[[int, int], Quantized],
+    pack: Callable[[Quantized], dict[str, Tensor]],
+) -> dict[str, Quantized]:
+    """As `write` for a Mixtral `model`, as others write it: every expert by itself, quantized too."""
+    matrices = write(model, folder, settings, make, pack, skip="lm_head")
+    path = folder / "model.safetensors"
+    tensors = {}
+    for name, value in load_file(path).items():
+        owner, _, last = name.rpartition(".")
+        if not owner.endswith("mlp.experts"):
+            renamed = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+            tensors[renamed] = value.clone()
+            continue
+        stack = model.get_parameter(name)
+        for part, (kept_in, half) in EXPERTS.items():
+            if kept_in != last:
+                continue
+            rows = stack.shape[1] // (2 if last == "gate_up_proj" else 1)
+            for expert in range(len(stack)):
+                q = make(rows, stack.shape[2])
+                prefix = f"{owner.replace('.mlp.experts', '.block_sparse_moe.experts')}.{expert}.{part}"
+                matrices[prefix] = q
+                tensors |= {f"{prefix}.{end}": t for end, t in pack(q).items()}
+                with torch.no_grad():
+                    stack[expert, half * rows : (half + 1) * rows] = q.weight
+    save_file(tensors, path)
     return matrices
 
 

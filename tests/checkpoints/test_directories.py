@@ -76,14 +76,37 @@ def test_tensors_that_do_not_fit_are_named(
         load_model(directory)
 
 
-def test_quantized_experts_that_the_model_merges_are_named(tmp_path: Path) -> None:
-    packers.write(FAMILIES["mixtral"].build(), tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 32},
-                  partial(random_matrix, group=32), packers.gptq)  # fmt: skip
+EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t.pop(f"{EXPERT}.scales"), r"experts\.1\.w1\.scales is missing"),
+        (lambda t: t.update({f"{EXPERT}.scales": torch.ones(3, 3)}), r"experts\.1\.w1\.scales is float32 \[3, 3\]"),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith(EXPERT)], r"as many of each of its 4 experts .*gate_up"),
+        (lambda t: [t.pop(n) for n in list(t) if "layers.0.block_sparse_moe.experts" in n], r"experts\.\w+ is missing"),
+        (lambda t: t.update({f"{EXPERT}.bias": torch.ones(96)}), r"experts\.1\.w1\.bias .*is unexpected"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(
+    change: Callable[[dict[str, Tensor]], Any], text: str, tmp_path: Path
+) -> None:
+    model = FAMILIES["mixtral"].build()
+    packers.write_experts(model, tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 32},
+                          partial(random_matrix, group=32), packers.gptq)  # fmt: skip
     load_model(tmp_path)
-    expert = "model.layers.0.block_sparse_moe.experts.1.w1"
-    edit(tmp_path, lambda t: t.update({f"{expert}.qweight": torch.zeros(8, 128, dtype=torch.int32)}))
-    with pytest.raises(CheckpointError, match=rf"{expert} is quantized, .* merged with others in .*gate_up_proj"):
+    edit(tmp_path, change)
+    with pytest.raises(CheckpointError, match=text):
         load_model(tmp_path)
+
+
+def test_experts_with_moved_columns_are_refused(tmp_path: Path) -> None:
+    form = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    packers.write_experts(FAMILIES["mixtral"].build(), tmp_path / "order", form,
+                          partial(random_matrix, group=32, act_order=True), packers.gptq)  # fmt: skip
+    with pytest.raises(CheckpointFormatError, match=r"experts\.0\.w\d is an expert whose columns are moved"):
+        load_model(tmp_path / "order")
 
 
 def test_all_problems_are_in_one_error(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from greedy import reference as continuation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import accelc
 from accelc.capture import load_model
+from accelc.checkpoints import save_quantized
 from accelc.checkpoints.awq import Awq
 from accelc.checkpoints.compressed_tensors import CompressedTensors
 from accelc.checkpoints.formats import Format
 from accelc.checkpoints.gptq import Gptq
 from accelc.ir.errors import CheckpointFormatError
-from accelc.quantized_linear import QuantizedLinear
+from accelc.quantized_linear import QuantizedLinear, QuantizedStack
 
 from . import packers
 from .packers import Quantized, random_matrix
@@ -162,3 +166,39 @@ def test_a_directory_loads_as_the_model_it_means(name: str, family: str, tmp_pat
     ids = torch.randint(3, 90, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, reference(ids).logits, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "gptq act-order"])
+def test_experts_become_stacks_of_codes(name: str, tmp_path: Path) -> None:
+    """And a decoder multiplies them as such: nothing is dequantized."""
+    config, make, pack = WHOLE[name]
+    reference = FAMILIES["mixtral"].build()
+    packers.write_experts(reference, tmp_path / "files", config, make, pack)
+    model = load_model(tmp_path / "files")
+    stacks = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedStack)}
+    assert len(stacks) == 2 * len(model.model.layers)
+    for path, stack in stacks.items():
+        assert torch.equal(stack.weight, reference.get_parameter(path.removesuffix("_quantized")))
+    ids = torch.randint(3, 90, (2, 9))
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(logits, reference(ids).logits, atol=2e-2, rtol=2e-2)
+        save_quantized(model, tmp_path / "own", shard=20_000)
+        assert torch.equal(load_model(tmp_path / "own")(ids).logits, logits)
+    decoder = accelc.compile(tmp_path / "files", max_length=32)
+    nodes = [node.target for node in decoder.programs["step"].graph.nodes]
+    assert nodes.count(torch.ops.accelc.quantized_grouped_linear.default) == len(stacks)
+    assert torch.ops.accelc.dequantize.default not in nodes
+    for row, tokens in zip(ids, decoder.generate(ids, max_new_tokens=12, ignore_eos=True).tokens, strict=True):
+        assert tokens.tolist() == continuation(model, row, 12)
+
+
+def test_experts_with_and_without_zeros_get_zeros(tmp_path: Path) -> None:
+    symmetric = itertools.cycle([True, False])
+    reference = FAMILIES["mixtral"].build()
+    packers.write_experts(reference, tmp_path, GPTQ,
+                          lambda n, k: random_matrix(n, k, 32, symmetric=next(symmetric)), packers.gptq)  # fmt: skip
+    experts = load_model(tmp_path).model.layers[1].mlp.experts
+    assert experts.down_proj_quantized.zeros is not None
+    for stack in ("gate_up_proj", "down_proj"):
+        assert torch.equal(getattr(experts, stack), getattr(reference.model.layers[1].mlp.experts, stack))

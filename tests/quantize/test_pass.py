@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,14 +15,15 @@ from accelc.capture import capture
 from accelc.ir import Exactness, Program
 from accelc.ir.dialect import QUANTIZED
 from accelc.ir.errors import ExactnessError, InputError, OptionValueError
-from accelc.ir.quantized import Scheme
+from accelc.ir.quantized import QuantizedWeight, Scheme
 from accelc.ir.quantized_ops import quantized_linear_reference
 from accelc.ir.rounding import round_to_nearest
 from accelc.passes import Pipeline
 from accelc.passes.last_logits import LastLogits
-from accelc.passes.quantize.calibration import Calibration
+from accelc.passes.quantize import calibration
+from accelc.passes.quantize.calibration import Calibration, Rows, run_calibrated
 from accelc.passes.quantize.norm_scaling import scale_norms
-from accelc.passes.quantize.products import find_matrices
+from accelc.passes.quantize.products import Matrix, Product, find_matrices
 from accelc.passes.quantize.rewrite import stem
 from accelc.passes.quantize_weights import QuantizeWeights
 from accelc.pipeline import step_pipeline
@@ -180,6 +182,32 @@ def test_consuming_frees_what_awq_scaled() -> None:
     assert torch.equal(logits(Pipeline([replace(awq, consume=True)]).run(step)), expected)
     assert weights
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in weights.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "llama4_text"])
+def test_pieces_of_the_text_are_as_all_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What enters each product, after products with the weights that were made before; sorted by expert or not."""
+    step, text = calibrated_case(family)
+    matrices = {path: m for path, m in find_matrices(step).items() if m.products and not m.router}
+    found: dict[int, dict[str, list[torch.Tensor]]] = {}
+    for most in (32, 100, 10_000):
+        monkeypatch.setattr(calibration, "PIECE", most)
+        seen = found.setdefault(most, {})
+
+        def made(matrix: Matrix, product: Product, pieces: Sequence[Rows], seen=seen) -> QuantizedWeight:
+            experts = range(1 if pieces[0].ends is None else len(matrix.weight(step)))
+            by_expert = [[p.x if p.ends is None else p.of_expert(expert) for p in pieces] for expert in experts]
+            seen[matrix.path] = [torch.cat(rows) for rows in by_expert]
+            return round_to_nearest(matrix.weight(step), Scheme.parse("int8:g32"))
+
+        run_calibrated(step, matrices, text, made)
+        assert seen.keys() == matrices.keys()
+    for most in (32, 100):
+        for path, experts in found[10_000].items():
+            for expected, got in zip(experts, found[most][path], strict=True):
+                assert got.shape == expected.shape
+                moments = [rows.double().T @ rows.double() for rows in (got, expected)]  # an expert's come in any order
+                torch.testing.assert_close(*moments, atol=1e-4 * float(moments[1].abs().max()), rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
