@@ -126,7 +126,7 @@ def put_stack(owner: nn.Module, name: str, stack: QuantizedStack) -> None:
     """
     del owner._parameters[name]
     owner.add_module(name + STACK, stack)
-    owner.__class__ = _with_stacks(type(owner), name)
+    owner.__class__ = _with_stacks(type(owner), name)  # type: ignore[arg-type]
 
 
 @functools.cache
