@@ -134,7 +134,9 @@ def compile(
         # The compiler, where it is needed, runs beside capture.
         prepare(quantized=quantizing is not None or bool(read))
     if device.type != "cpu" and backend == "native":
-        report.notices.append(f"the native backend is for CPUs; the step runs node by node on {device}")
+        report.notices.append(
+            f"the native backend is for CPUs; on {device} programs run node by node, the step of one token as a graph"
+        )
         backend = "eager"
     request = Request(
         max_length=length,

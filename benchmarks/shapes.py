@@ -69,6 +69,7 @@ SHAPES = {
         Shape("tiny", 128, 352, 2, 4, 2, 512, tied=True),  # for tests
         Shape("160m", 768, 3072, 12, 12, 12, 32_000, tied=False),  # as JackFram/llama-160m
         Shape("1b", 2048, 8192, 16, 32, 8, 128_256, tied=True),  # as Llama-3.2-1B
+        Shape("8b", 4096, 14_336, 32, 32, 8, 128_256, tied=False),  # as Llama-3.1-8B
     )
 }
 

@@ -22,10 +22,11 @@ from accelc.runtime.speculation.acceptance import AcceptanceRule
 from accelc.runtime.speculation.draft import Drafter, Setting
 from accelc.runtime.speculation.generation import SpeculativeGeneration
 from accelc.runtime.speculation.speculator import Speculator, Wish
-from accelc.runtime.steps import StatePool, StepFunction, Steps, TreeSteps, cache_capacity
+from accelc.runtime.steps import StepFunction, Steps, TreeSteps, cache_capacity
 from accelc.runtime.stopping import Stops
 from accelc.runtime.stream import Stream, Streamer, StreamerGuard
 from accelc.runtime.text import Decode, Detokenizer, Tokenizer, decode_function
+from accelc.runtime.workspace import WorkspacePool
 
 
 class Decoder:
@@ -86,7 +87,7 @@ class Decoder:
         self.tokenizer = tokenizer
         self._before_call = before_call
         self._vocab_size, self._input_vocab_size = vocab_size, input_vocab_size
-        self._pool = StatePool(self.steps)
+        self._pool = WorkspacePool(self.steps)
         room = self.steps.capacity - self.steps.max_length if trees is not None else 0
         self.speculator = Speculator(Wish(draft, accept, draft_nodes), compile_function, room)
         # Re-entrant: a streamer may call the decoder that is calling it. Calls never share states, so that is safe.

@@ -29,9 +29,10 @@ from accelc.ir.errors import (
     SessionClosedError,
 )
 from accelc.runtime.arguments import integers
-from accelc.runtime.functions import Functions, bound, increase
+from accelc.runtime.functions import Functions, increase
 from accelc.runtime.prompts import check_range, split_rows
-from accelc.runtime.steps import StatePool, Steps, TreeSteps
+from accelc.runtime.steps import Steps, TreeSteps
+from accelc.runtime.workspace import Workspace, WorkspacePool
 
 
 def round_up(tokens: int, chunk: int) -> int:
@@ -73,7 +74,7 @@ class Session:
     def __init__(
         self,
         steps: Steps,
-        pool: StatePool,
+        pool: WorkspacePool,
         lock: threading.RLock,
         input_vocab_size: int | None,
         batch: int,
@@ -86,25 +87,13 @@ class Session:
         """Calls tensor functions, until the session is closed."""
         self._pool, self._lock, self._before_call = pool, lock, before_call
         self.input_vocab_size = input_vocab_size
-        self._lease: tuple[Tensor, ...] | None = pool.take(batch)
-        self._states = tuple(state[:batch] for state in self._lease)
-        device = steps.device
+        self._space: Workspace | None = pool.take(batch)
+        self._states = self._space.states
+        self.lengths = self._space.lengths
+        """Committed tokens per row, int64 [B]; a live buffer: read it, change it through `step` and `rollback`."""
+        self._active, self.decode = self._space.active, self._space.decode
         with torch.inference_mode(False):
-            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-            """Committed tokens per row, int64 [B]; a live buffer: read it, change it through `step` and `rollback`."""
-            self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-            # The next token's position is the number of those before it.
-            self._positions = self.lengths.view(batch, 1)
-            # A flat view, and 1 for each row that still generates: what the hot loop writes.
-            self._token_row = self._tokens.view(batch)
-            self._advance = torch.ones(batch, dtype=torch.int64, device=device)
-            self._last_position = torch.tensor(steps.max_length - 1, device=device)
-            # On the host numpy writes the same memory, at a fraction of what a torch operation takes.
-            views = self._token_row, self.lengths, self._advance
-            self._host = tuple(t.numpy() for t in views) if device.type == "cpu" else None
-        self._decode: Callable[[], tuple[Tensor, ...]] | None = None
-        # What `decode` returned last, [B, 1, V] and [B, V]: often the same memory again.
-        self._decoded = self._decoded_rows = torch.empty(0)
+            self._last_position = torch.tensor(steps.max_length - 1, device=steps.device)
         self._trees: TreeSteps | None = None
         self.taps: tuple[Tensor, ...] = ()
         """What the last `verify` returned besides logits, [B, N, ...] each; the next overwrites it."""
@@ -117,7 +106,7 @@ class Session:
     def alone(self) -> Iterator[None]:
         """No other call of the decoder runs meanwhile; inference mode. Raises `SessionClosedError`."""
         with self._lock, torch.inference_mode():
-            if self._lease is None:
+            if self._space is None:
                 raise SessionClosedError("the session is closed")
             yield
 
@@ -152,30 +141,6 @@ class Session:
         assert final is not None
         return final
 
-    def decode(self, tokens: Tensor | list[int]) -> Tensor:
-        """Append one token per row (int64 [B]) and return the logits [B, V] after it, which the next call overwrites.
-        Retired rows are padded.
-        """
-        run = self._decode or self._bound()
-        if self._host is None:
-            self._token_row.copy_(torch.as_tensor(tokens))
-            logits = run()[0]
-            self.lengths.add_(self._advance)
-        else:
-            row, lengths, advance = self._host
-            row[:] = tokens
-            logits = run()[0]
-            lengths += advance
-        if logits is not self._decoded:
-            self._decoded, self._decoded_rows = logits, logits.select(1, 0)
-        return self._decoded_rows
-
-    def _bound(self) -> Callable[[], tuple[Tensor, ...]]:
-        """The step of one token with this session's own tensors, which it reads and writes in place."""
-        inputs = (self._tokens, self._positions, self.lengths, *self._states)
-        self._decode = bound(self.steps.decode, *inputs)
-        return self._decode
-
     def append(self, tokens: Tensor) -> Tensor:
         """Append a chain of N tokens to every row (int64 [B, N]): logits [B, N, V]."""
         logits = self._run(tokens)
@@ -203,15 +168,15 @@ class Session:
     @property
     def active(self) -> Tensor:
         """[B] int64: 1 for each row that has not been retired, else 0; a live buffer."""
-        return self._advance
+        return self._active
 
     def retire(self, rows: Sequence[int]) -> None:
         """Rows that generate no more: from now on `decode` leaves their lengths alone."""
-        self._advance[list(rows)] = 0
+        self._active[list(rows)] = 0
 
     def synchronize(self) -> None:
         """Wait for the device, so that the host's clock means something."""
-        if self._host is None and self.steps.device.type == "cuda":
+        if self.steps.device.type == "cuda":
             torch.cuda.synchronize(self.steps.device)
 
     def _last_logits(self, tokens: Tensor, valid: Tensor) -> Tensor:
@@ -323,9 +288,9 @@ class Session:
     def close(self, *, discard: bool = False) -> None:
         """Give the states back. ``discard`` frees them instead: for states a failed run may have filled with NaN."""
         with self._lock:
-            if self._lease is not None and not discard:
-                self._pool.give(self._lease)
-            self._lease, self._states, self._decode = None, (), None
+            if self._space is not None and not discard:
+                self._pool.give(self._space)
+            self._space, self._states = None, ()
             self.call.release()
 
     def __enter__(self) -> Session:

@@ -80,31 +80,3 @@ class Steps:
         """Zeroed states for `batch` rows: ordinary tensors, whatever grad or inference mode the caller is in."""
         with torch.inference_mode(False):
             return tuple(spec.allocate(batch, self.capacity, self.device) for spec in self.states)
-
-
-class StatePool:
-    """One spare set of states, kept between calls: the largest batch seen so far. Smaller batches use its first rows.
-
-    A set that is taken belongs to its taker alone, so calls never share states; a set that may hold NaN is not given
-    back, because NaN in an unwritten slot would survive a zero attention weight.
-    """
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-        self._spare: tuple[Tensor, ...] = ()
-
-    def take(self, batch: int) -> tuple[Tensor, ...]:
-        """States with at least `batch` rows; the taker narrows them to its own number."""
-        if _rows(self._spare) >= batch:
-            spare, self._spare = self._spare, ()
-            return spare
-        return self._steps.allocate(batch)
-
-    def give(self, states: tuple[Tensor, ...]) -> None:
-        """Hand back what `take` gave."""
-        if _rows(states) >= _rows(self._spare):
-            self._spare = states
-
-
-def _rows(states: tuple[Tensor, ...]) -> int:
-    return states[0].shape[0] if states else 0

@@ -10,6 +10,7 @@ from families import FAMILIES, Expect, names
 from torch import nn
 
 import accelc
+from accelc.runtime import graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -101,6 +102,43 @@ def test_a_quantized_decoder_runs_the_kernel(scheme: str, monkeypatch: pytest.Mo
     # No worse than torch's own bf16, whose weights are rounded to it once more.
     assert error(logits) <= 1.2 * error(halves[1:])
     assert calls, "the Triton kernel was not called"
+
+
+def test_the_step_of_one_token_is_a_graph_that_sessions_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+    make = graphs.cuda_graph
+    monkeypatch.setattr(graphs, "cuda_graph", lambda call, pool: captured.append(call) or make(call, pool))
+    decoder = accelc.compile(FAMILIES["llama"].build().cuda(), max_length=64, cache=False)
+    given = prompts(97)
+    for batch in (1, 3, 1, 3):
+        for params in (accelc.SamplingParams(), accelc.SamplingParams(temperature=0.8, top_k=20)):
+            result = decoder.generate(given[:batch], max_new_tokens=20, sampling=params, seed=1, ignore_eos=True)
+            with decoder.start(given[:batch]) as session, torch.inference_mode():  # one launch after another
+                for place in range(20):
+                    expected = [tokens[place] for tokens in result.tokens]
+                    if params.greedy:
+                        assert session.logits.argmax(-1).tolist() == expected
+                    session.step(torch.stack(expected))
+    assert len(captured) == 2
+    assert not decoder._pool.graphs.notice
+
+
+def test_a_step_that_reads_values_is_not_captured_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = accelc.compile(FAMILIES["llama"].build().cuda(), max_length=64, cache=False)
+    step = decoder.steps.decode
+
+    def reading(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        int(inputs[0].sum())
+        return step(*inputs)
+
+    expected = decoder.generate(prompts(97), max_new_tokens=12, ignore_eos=True)
+    other = accelc.compile(FAMILIES["llama"].build().cuda(), max_length=64, cache=False)
+    object.__setattr__(other.steps, "decode", reading)
+    for _ in range(2):
+        result = other.generate(prompts(97), max_new_tokens=12, ignore_eos=True)
+        assert [row.tolist() for row in result.tokens] == [row.tolist() for row in expected.tokens]
+    assert "not captured as a graph" in other._pool.graphs.notice
+    assert len([record for record in caplog.records if "not captured" in record.message]) == 1
 
 
 @pytest.fixture

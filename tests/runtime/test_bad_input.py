@@ -121,7 +121,7 @@ def test_states_that_held_nan_are_not_used_again(tiny):
     with pytest.raises(NonFiniteLogitsError):
         decoder.generate(PROMPTS, max_new_tokens=2)
     tiny.poison = None
-    for state in decoder._pool.take(3):
+    for state in decoder._pool.take(3).states:
         assert state.isfinite().all()
 
 

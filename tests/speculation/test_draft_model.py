@@ -155,4 +155,4 @@ def test_sessions_are_closed(target: accelc.CompiledDecoder, near: accelc.Compil
         next(stream)
     session = stream._generation._proposer.session  # type: ignore[attr-defined]
     stream.close()
-    assert session._lease is None
+    assert session._space is None
