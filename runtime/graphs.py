@@ -30,19 +30,24 @@ def cuda_graph(call: Callable[[], Result], pool: Any) -> tuple[Callable[[], obje
         try:
             result = call()
         except BaseException:
-            end_broken(graph)
+            _end_broken(graph)
             raise
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, result
 
 
-def end_broken(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture in which something raised."""
+def _end_broken(graph: torch.cuda.CUDAGraph) -> None:
+    """End a capture in which something raised; the current stream is the one that is captured."""
     try:
         graph.capture_end()
     except RuntimeError:
         log.debug("the end of a broken capture", exc_info=True)
+    # torch's random numbers wait for a capture that ends well (seen with torch 2.11): an empty one does.
+    empty = torch.cuda.CUDAGraph()
+    empty.capture_begin(capture_error_mode="thread_local")
+    torch.zeros(1, device="cuda")
+    empty.capture_end()
 
 
 class Graphs:

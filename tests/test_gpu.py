@@ -110,7 +110,7 @@ def test_the_step_of_one_token_is_a_graph_that_sessions_share(monkeypatch: pytes
     monkeypatch.setattr(graphs, "cuda_graph", lambda call, pool: captured.append(call) or make(call, pool))
     decoder = accelc.compile(FAMILIES["llama"].build().cuda(), max_length=64, cache=False)
     given = prompts(97)
-    for batch in (1, 3, 1, 3):
+    for batch in (3, 1, 3, 1):  # the larger one first: smaller ones then use its rows
         for params in (accelc.SamplingParams(), accelc.SamplingParams(temperature=0.8, top_k=20)):
             result = decoder.generate(given[:batch], max_new_tokens=20, sampling=params, seed=1, ignore_eos=True)
             with decoder.start(given[:batch]) as session, torch.inference_mode():  # one launch after another
@@ -138,6 +138,7 @@ def test_a_step_that_reads_values_is_not_captured_and_says_so(caplog: pytest.Log
         result = other.generate(prompts(97), max_new_tokens=12, ignore_eos=True)
         assert [row.tolist() for row in result.tokens] == [row.tolist() for row in expected.tokens]
     assert "not captured as a graph" in other._pool.graphs.notice
+    assert torch.rand(3, device="cuda").isfinite().all(), "random numbers still work"
     assert len([record for record in caplog.records if "not captured" in record.message]) == 1
 
 
