@@ -17,6 +17,7 @@ from accelc.backend_options import optional
 from accelc.capture import load_model
 from accelc.checkpoints import load_quantized, quantization_of
 from accelc.codegen import CompiledStep, Options, compile_program, prepare
+from accelc.codegen.gpu.step import GpuStep, examples
 from accelc.confirm import confirm, confirm_compiled
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.derivation import Check, Request, derive
@@ -130,13 +131,11 @@ def compile(
     report = CompileReport(progress=progress)
     if read:
         report.notices.append(f"{read} linears and tables of the directory are in few bits since they were read")
-    if backend == "native":
+    if backend == "native" and device.type == "cpu":
         # The compiler, where it is needed, runs beside capture.
         prepare(quantized=quantizing is not None or bool(read))
-    if device.type != "cpu" and backend == "native":
-        report.notices.append(
-            f"the native backend is for CPUs; on {device} programs run node by node, the step of one token as a graph"
-        )
+    if device.type not in ("cpu", "cuda") and backend == "native":
+        report.notices.append(f"there is no native backend for {device.type}: programs run node by node")
         backend = "eager"
     request = Request(
         max_length=length,
@@ -148,7 +147,9 @@ def compile(
         cache=cache,
         verify=verify,
     )
-    programs, run_step = derive(model, request, lambda step: runner(step, backend, capacity, report), report)
+    # On a GPU the float step, which is checked, is not compiled where a quantized one will be.
+    first: Backend = "eager" if quantizing is not None and device.type == "cuda" else backend
+    programs, run_step = derive(model, request, lambda step: runner(step, first, capacity, report), report)
     step = derived = programs["step"]
     if quantizing is not None:
         with report.stage("quantize"):
@@ -264,6 +265,8 @@ def runner(
     """What runs a program: its compiled form, or its graph node by node."""
     if backend == "eager":
         return functools.partial(run_as_written, program)
+    if program.device.type == "cuda":
+        return gpu_runner(program, capacity, report)
     sizes = {"B": 1, "N": 1, "W": WORDS}
     examples, varying = [], {}
     for name in program.inputs:
@@ -278,6 +281,22 @@ def runner(
         compiled: CompiledStep = compile_program(program.module, examples, dynamic=varying, options=options)
     report.compiled[program.name] = compiled.report
     return compiled
+
+
+def gpu_runner(program: Program, capacity: int, report: CompileReport) -> Callable[..., Any]:
+    """The step with that of one token compiled; other programs node by node, their attention by kernels of ours."""
+    written = functools.partial(run_as_written, program)
+    if program.name != "step":
+        return written
+    step = GpuStep(program.module, written)
+    with report.stage("codegen"), torch.inference_mode(False):
+        states = [spec.allocate(1, capacity, program.device) for spec in program.states]
+        given = examples(program.inputs, states, program.device)
+        with torch.inference_mode():
+            step(*given)
+    if step.notice:
+        report.notices.append(step.notice)
+    return step
 
 
 def run_as_written(program: Program, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -16,8 +16,8 @@ from accelc.codegen.gpu import kernels, quantized_gemm
 from accelc.ir.quantized import QuantizedWeight, Scheme
 
 
-def interpreted_kernels() -> ModuleType:
-    """A second copy of the module `kernels` whose functions are interpreted.
+def interpreted_kernels(module: ModuleType = kernels) -> ModuleType:
+    """A second copy of a module of kernels whose functions are interpreted.
 
     `triton.jit` looks at TRITON_INTERPRET when it decorates a function: the copy is made with it, and nothing else in
     this process sees it. Skips where Triton 3.6 meets a numpy whose arrays of one element are no numbers any more: its
@@ -25,7 +25,7 @@ def interpreted_kernels() -> ModuleType:
     """
     if version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4):
         pytest.skip(f"Triton {triton.__version__} interprets no loops with numpy {numpy.__version__}")
-    spec = importlib.util.spec_from_file_location("accelc_interpreted_kernels", kernels.__file__)
+    spec = importlib.util.spec_from_file_location(f"accelc_interpreted_{module.__name__}", str(module.__file__))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -41,11 +41,11 @@ def version(text: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def interpreter(module: ModuleType) -> Iterator[None]:
-    """Launches go to `module` inside of it."""
+def interpreter(module: ModuleType, launches: ModuleType = quantized_gemm) -> Iterator[None]:
+    """Launches by another module go to `module` inside of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.setattr(quantized_gemm, "kernels", module)
+        patch.setattr(launches, "kernels", module)
         yield
 
 

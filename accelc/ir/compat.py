@@ -58,6 +58,16 @@ def compile_with_inductor(
     return compile_fx(module, inputs, config_patches={**(options or {}), "joint_custom_pre_pass": Rewrite()})
 
 
+def compile_whole(module: fx.GraphModule) -> Callable[..., Any]:
+    """A graph module by torch.compile, without a break; for each batch that it meets, the second one on for any. Values
+    are rounded where the graph says so.
+    """
+    from torch._inductor import config
+
+    options = {"emulate_precision_casts": True} if hasattr(config, "emulate_precision_casts") else {}
+    return torch.compile(module, fullgraph=True, options=options)
+
+
 def inductor_options() -> frozenset[str]:
     """The names of Inductor's options."""
     from torch._inductor import config

@@ -250,6 +250,11 @@ def cache_update(cache: Tensor, value: Tensor, lengths: Tensor, dim: int) -> Non
     cache [B, ..., S, ...] with S at `dim`, value [B, ..., N, ...] with N at `dim`, lengths [B]: row i of batch row b
     goes to slot lengths[b] + i. The caller guarantees lengths + N <= S.
     """
+    cache_update_reference(cache, value, lengths, dim)
+
+
+def cache_update_reference(cache: Tensor, value: Tensor, lengths: Tensor, dim: int) -> None:
+    """The specification of `cache_update`."""
     n = value.shape[dim]
     slot = lengths[:, None] + torch.arange(n, device=lengths.device)  # [B, N]
     shape = [1] * cache.dim()

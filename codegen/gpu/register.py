@@ -1,4 +1,4 @@
-"""Gives `accelc::quantized_linear` its CUDA kernel, and keeps each weight in the order of that kernel.
+"""Gives operations of the dialect their CUDA kernels, and keeps each quantized weight in the order of its kernel.
 
 Importing `accelc.codegen` registers it; Triton is imported when it first runs.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from accelc.ir.compat import storage_key
+from accelc.ir.dialect import attention, attention_reference, cache_update, cache_update_reference
 from accelc.ir.quantized import QuantizedWeight, Scheme
 from accelc.ir.quantized_ops import quantized_linear, quantized_linear_reference
 
@@ -24,8 +26,27 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def register() -> None:
-    """Register the kernel; again does nothing."""
+    """Register the kernels; again does nothing."""
     quantized_linear.register_kernel("cuda")(quantized_linear_gpu)
+    attention.register_kernel("cuda")(attention_cuda)
+    cache_update.register_kernel("cuda")(cache_update_cuda)
+
+
+def attention_cuda(query: Tensor, key: Tensor, value: Tensor, *more: Any) -> Tensor:
+    """`accelc::attention` by the Triton kernels; in fp64 by the reference, which is announced once."""
+    if query.dtype not in (*DTYPES, torch.float32) or not query.dtype == key.dtype == value.dtype:
+        _announce(f"attention with {query.dtype} queries and {key.dtype} keys")
+        return attention_reference(query, key, value, *more)
+    from .attention import attention_gpu  # imports Triton
+
+    return attention_gpu(query, key, value, *more)
+
+
+def cache_update_cuda(cache: Tensor, value: Tensor, lengths: Tensor, dim: int) -> None:
+    """`accelc::cache_update` by the Triton kernel; where a cache is no contiguous memory, by torch."""
+    from .cache import cache_update_gpu, takes  # imports Triton
+
+    (cache_update_gpu if takes(cache, dim) else cache_update_reference)(cache, value, lengths, dim)
 
 
 def quantized_linear_gpu(
