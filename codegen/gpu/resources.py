@@ -14,7 +14,8 @@ import triton
 
 from accelc.ir.quantized import Scheme
 
-from . import cross, kernels
+from . import attention, attention_kernels, cross, kernels
+from .attention import Blocks
 from .quantized_gemm import constants
 from .tiles import Tile, Weights, candidates
 
@@ -51,6 +52,28 @@ def compile_product(
     return cross.compile_for(
         kernels.quantized_gemm_kernel, target, types, fixed,
         divisible=[*pointers, "N", "K", "x_stride", "residual_stride"], warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+
+
+def compile_attention(
+    target: str, blocks: Blocks, width: int, value_width: int, *, dtype: torch.dtype = torch.bfloat16, group: int = 4,
+    words: int = 0, mask: str = "causal", whole: bool = False,
+) -> cross.Report:  # fmt: skip
+    """Compile the attention kernel for keys and values of a width; ``words`` of ancestors' bits a node; ``whole``: with
+    a bias, slopes and a soft cap. Raises CrossCompileError.
+    """
+    kernel, of = attention_kernels.attention_kernel, TYPES[dtype]
+    fixed = attention.constants(8, group, width, value_width, words, mask, float(whole), blocks, interpreted=False)
+    pointers = {name: f"*{of}" for name in ("q_ptr", "k_ptr", "v_ptr", "slopes_ptr")}
+    pointers |= {name: "*i64" for name in ("positions_ptr", "lengths_ptr", "tree_ptr")}
+    pointers |= {name: "*fp32" for name in ("parts_ptr", "sums_ptr", "bias_ptr")}
+    absent = [*(() if words else ("tree_ptr",)), *(() if whole else ("bias_ptr", "slopes_ptr"))]
+    fixed |= dict.fromkeys(absent)
+    types = {name: "i32" for name in kernel.arg_names} | pointers | {"scale": "fp32", "softcap": "fp32"}
+    strides = [name for name in kernel.arg_names if name.startswith(("q_", "k_", "v_"))]
+    return cross.compile_for(
+        kernel, target, {name: kind for name, kind in types.items() if name not in fixed}, fixed,
+        divisible=[*pointers, *strides], warps=blocks.warps, stages=blocks.stages,
     )  # fmt: skip
 
 

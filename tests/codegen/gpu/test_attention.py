@@ -63,10 +63,10 @@ def test_the_same_bits_each_time_and_for_views() -> None:
 
 
 def test_splits_fill_the_chip_and_no_more() -> None:
-    assert choose_blocks(1, 8, 4, 128, 8192, 132) == Blocks(16, 64, 32)
-    assert choose_blocks(64, 8, 4, 128, 8192, 132).splits == 1
-    assert choose_blocks(1, 8, 4, 128, 100, 132).splits == 2
-    assert choose_blocks(1, 1, 16, 576, 8192, 132).rows == 16
+    assert choose_blocks(1, 8, 4, 128, 8192, 132, torch.bfloat16) == Blocks(16, 64, 32)
+    assert choose_blocks(64, 8, 4, 128, 8192, 132, torch.bfloat16).splits == 1
+    assert choose_blocks(1, 8, 4, 128, 100, 132, torch.bfloat16).splits == 2
+    assert choose_blocks(1, 1, 16, 576, 8192, 132, torch.bfloat16).rows == 16
 
 
 def test_other_dtypes_are_refused() -> None:

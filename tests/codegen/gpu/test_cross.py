@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from accelc.codegen.gpu import Tile, cross, kernels, resources, sass
+from accelc.codegen.gpu import Tile, attention_kernels, cache_kernels, cross, kernels, resources, sass
+from accelc.codegen.gpu.attention import choose_blocks, join_warps
 from accelc.codegen.gpu.errors import CrossCompileError, DisassemblyError
 from accelc.codegen.gpu.tiles import Weights, candidates
 from accelc.ir.quantized import Scheme
@@ -88,6 +91,43 @@ def test_products_in_flight_are_counted() -> None:
     left = "ttng.warp_group_dot %a\nttng.warp_group_dot_wait %b {pendings = 7 : i32}\n"
     assert cross.products_in_flight(waited * 2) == 0
     assert cross.products_in_flight(waited + left + "ttng.warp_group_dot %c\n") == 2
+
+
+@pytest.mark.parametrize("target", cross.TARGETS)
+@pytest.mark.parametrize(
+    ("rows", "width", "options"),
+    [(4, 128, {}), (64, 128, {"words": 2, "whole": True, "mask": "window"}), (128, 576, {"words": 1, "group": 16})],
+    ids=["one token", "a tree with everything", "latent"],
+)
+def test_attention_spills_nothing(target: str, rows: int, width: int, options: dict[str, Any]) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        blocks = choose_blocks(1, 8, rows, width, 8192, 132, dtype, target.startswith("gfx"))
+        report = resources.compile_attention(target, blocks, width, min(width, 512), dtype=dtype, **options)
+        assert (report.spills, report.stack) == (0, 0), blocks
+        assert report.shared <= {"gfx942": 64 * 1024, "sm_80": 163 * 1024}.get(target, 227 * 1024)
+        assert report.loop is not None or dtype == torch.float32  # no matrix instruction there
+
+
+def test_keys_and_values_are_loaded_sixteen_bytes_at_a_time() -> None:
+    blocks = choose_blocks(1, 8, 4, 128, 8192, 132, torch.bfloat16)
+    report = resources.compile_attention("sm_90", blocks, 128, 128)
+    assert report.loop is not None
+    bytes_of_a_thread = 2 * blocks.slots * 128 * 2 // (32 * blocks.warps)
+    assert report.loop.opcodes["LDGSTS"] == bytes_of_a_thread // 16
+    assert report.loop.opcodes["LDG"] == 0
+
+
+def test_the_small_kernels_compile() -> None:
+    sizes = {"OUTER": "i32", "SLOTS": "i32", "N": "i32"}
+    caches = {"cache_ptr": "*bf16", "value_ptr": "*fp32", "lengths_ptr": "*i64"}
+    parts = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "sinks_ptr": "*bf16", "out_ptr": "*bf16"}
+    of_heads = {"KEY_HEADS": 8, "GROUP": 4, "DV": 96, "DV_PADDED": 128, "SPLITS": 64}
+    for target in cross.TARGETS:
+        written = cross.compile_for(cache_kernels.cache_update_kernel, target, caches | sizes,
+                                    {"ROW": 96, "ROW_PADDED": 128}, divisible=caches)  # fmt: skip
+        joined = cross.compile_for(attention_kernels.join_kernel, target, parts | {"N": "i32"}, of_heads,
+                                   divisible=parts, warps=join_warps(64, 96))  # fmt: skip
+        assert (written.spills, joined.spills) == (0, 0)
 
 
 def test_the_sum_of_parts_compiles() -> None:
