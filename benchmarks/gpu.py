@@ -29,6 +29,7 @@ from transformers import LlamaForCausalLM
 import accelc
 
 RESULTS = Path(__file__).parent / "results"
+HEADS = ("model", "decoder", "batch", "context", "ms a token", "tokens/s", "of the limit", "first token (s)")
 PEERS = ("node by node", "transformers", "transformers, static cache")
 
 
@@ -143,9 +144,16 @@ def measure(
     torch.cuda.empty_cache()
 
 
+def write(samples: list[Sample], out: Path, gpu: str, rate: float) -> Path:
+    """The samples so far, as JSON and Markdown; the JSON's path."""
+    lines = [f"On {gpu}; a copy moves {rate / 1e9:.0f} GB/s.", "", "| " + " | ".join(HEADS) + " |", "|---" * 8 + "|"]
+    lines += ["| " + " | ".join(cells(s)) + " |" for s in samples]
+    return write_results(out, "gpu", lines, gpu=gpu, bandwidth=rate, samples=[asdict(s) for s in samples])
+
+
 def table(samples: list[Sample]) -> Table:
     made = Table(title="Decoding", title_justify="left")
-    for title in ("model", "decoder", "batch", "context", "ms a token", "tokens/s", "of the limit", "first token (s)"):
+    for title in HEADS:
         made.add_column(title, justify="left" if title in ("model", "decoder") else "right", no_wrap=True)
     for s in samples:
         made.add_row(*cells(s))
@@ -191,11 +199,8 @@ def main(
             ):  # fmt: skip
                 samples.append(sample)
                 console.print("  " + "  ".join(cells(sample)[4:]))
+                path = write(samples, out, gpu, rate)  # what was measured is kept if the run is cut off
     console.print(table(samples))
-    heads = ["model", "decoder", "batch", "context", "ms a token", "tokens/s", "of the limit", "first token (s)"]
-    lines = [f"On {gpu}; a copy moves {rate / 1e9:.0f} GB/s.", "", "| " + " | ".join(heads) + " |", "|---" * 8 + "|"]
-    lines += ["| " + " | ".join(cells(s)) + " |" for s in samples]
-    path = write_results(out, "gpu", lines, gpu=gpu, bandwidth=rate, samples=[asdict(s) for s in samples])
     console.print(f"Written: {path.name} and .md next to it")
 
 

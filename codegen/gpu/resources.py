@@ -64,12 +64,12 @@ def compile_attention(
     """
     kernel, of = attention_kernels.attention_kernel, TYPES[dtype]
     fixed = attention.constants(8, group, width, value_width, words, mask, float(whole), blocks, interpreted=False)
-    pointers = {name: f"*{of}" for name in ("q_ptr", "k_ptr", "v_ptr", "slopes_ptr")}
-    pointers |= {name: "*i64" for name in ("positions_ptr", "lengths_ptr", "tree_ptr")}
-    pointers |= {name: "*fp32" for name in ("parts_ptr", "sums_ptr", "bias_ptr")}
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "slopes_ptr"), f"*{of}")
+    pointers |= dict.fromkeys(("positions_ptr", "lengths_ptr", "tree_ptr"), "*i64")
+    pointers |= dict.fromkeys(("parts_ptr", "sums_ptr", "bias_ptr"), "*fp32")
     absent = [*(() if words else ("tree_ptr",)), *(() if whole else ("bias_ptr", "slopes_ptr"))]
     fixed |= dict.fromkeys(absent)
-    types = {name: "i32" for name in kernel.arg_names} | pointers | {"scale": "fp32", "softcap": "fp32"}
+    types = dict.fromkeys(kernel.arg_names, "i32") | pointers | {"scale": "fp32", "softcap": "fp32"}
     strides = [name for name in kernel.arg_names if name.startswith(("q_", "k_", "v_"))]
     return cross.compile_for(
         kernel, target, {name: kind for name, kind in types.items() if name not in fixed}, fixed,
