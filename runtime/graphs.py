@@ -45,9 +45,12 @@ def _end_broken(graph: torch.cuda.CUDAGraph) -> None:
         log.debug("the end of a broken capture", exc_info=True)
     # torch's random numbers wait for a capture that ends well (seen with torch 2.11): an empty one does.
     empty = torch.cuda.CUDAGraph()
-    empty.capture_begin(capture_error_mode="thread_local")
-    torch.zeros(1, device="cuda")
-    empty.capture_end()
+    try:
+        empty.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device="cuda")
+        empty.capture_end()
+    except RuntimeError:
+        log.debug("no capture after a broken one", exc_info=True)
 
 
 class Graphs:
