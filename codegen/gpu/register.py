@@ -37,9 +37,18 @@ def attention_cuda(query: Tensor, key: Tensor, value: Tensor, *more: Any) -> Ten
     if query.dtype not in (*DTYPES, torch.float32) or not query.dtype == key.dtype == value.dtype:
         _announce(f"attention with {query.dtype} queries and {key.dtype} keys")
         return attention_reference(query, key, value, *more)
-    from .attention import attention_gpu  # imports Triton
+    what = f"attention with {query.dtype} keys of {key.shape[-1]} and values of {value.shape[-1]}"
+    if what not in REFUSED:
+        from triton.errors import TritonError
 
-    return attention_gpu(query, key, value, *more)
+        from .attention import attention_gpu
+
+        try:
+            return attention_gpu(query, key, value, *more)
+        except TritonError as error:  # it does not compile for the device, or needs more than that has
+            REFUSED.add(what)
+            _announce(f"{what} ({type(error).__name__}: {error})")
+    return attention_reference(query, key, value, *more)
 
 
 def cache_update_cuda(cache: Tensor, value: Tensor, lengths: Tensor, dim: int) -> None:
@@ -108,5 +117,7 @@ def _announce(what: str) -> None:
     warnings.warn(f"accelc: {what} has no GPU kernel and runs as plain torch operations", stacklevel=3)
 
 
+REFUSED: set[str] = set()
+"""What the device's compiler or the device does not take."""
 TILED = TiledWeights()
 """Of this process."""

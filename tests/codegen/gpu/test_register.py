@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from attention_cases import operands as operands_of_attention
 from codegen_gpu import interpreted_kernels, interpreter, random_weight
 
 from accelc.codegen.gpu import register
+from accelc.ir.dialect import attention_reference
 from accelc.ir.quantized import QuantizedWeight, Scheme
 from accelc.ir.quantized_ops import quantized_linear, quantized_linear_reference
 
@@ -70,6 +72,28 @@ def test_registering_leaves_cpus_alone() -> None:
     register.register()
     register.register()
     assert torch.equal(before, quantized_linear(x, *operands(weight), None, 8, 16))
+
+
+def test_attention_that_the_device_does_not_take_runs_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from accelc.codegen.gpu import attention
+
+    calls = []
+
+    def refused(*_: object) -> torch.Tensor:
+        calls.append(1)
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(attention, "attention_gpu", refused)
+    monkeypatch.setattr(register, "REFUSED", set())
+    register._announce.cache_clear()
+    given = operands_of_attention([9, 3], 2, 4, 2, 40, 24)
+    with pytest.warns(UserWarning, match="keys of 40 and values of 24 .*OutOfResources.*shared memory") as warned:
+        got = [register.attention_cuda(*given) for _ in range(3)]
+    for one in got:
+        torch.testing.assert_close(one, attention_reference(*given))
+    assert (len(calls), len(warned)) == (1, 1)
 
 
 def test_importing_the_package_imports_no_triton() -> None:
