@@ -33,7 +33,7 @@ from accelc.checkpoints import load_checkpoint, quantization_of
 from accelc.exported import is_functional, plain_module
 from accelc.input_vocabulary import input_vocab_size
 from accelc.ir.compat import mask_hint_unasked
-from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
+from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError, first_line
 from accelc.ir.program import Program
 from accelc.passes.closeness import TOLERANCES, allowed, differences, spread
 
@@ -141,7 +141,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Mo
         ).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"no model could be loaded from {path}: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            f"no model could be loaded from {path}: {type(error).__name__}: {first_line(error)}",
             remedy="The directory must hold a valid config.json and all weights as safetensors.",
         ) from error
 

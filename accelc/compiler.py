@@ -17,7 +17,7 @@ from accelc.backend_options import optional
 from accelc.capture import load_model
 from accelc.checkpoints import load_quantized, quantization_of
 from accelc.codegen import CompiledStep, Options, compile_program, prepare
-from accelc.codegen.gpu.step import GpuStep, examples
+from accelc.codegen.gpu.step import GpuStep
 from accelc.confirm import confirm, confirm_compiled
 from accelc.decoder import CompiledDecoder, CompileReport
 from accelc.derivation import Check, Request, derive
@@ -267,11 +267,9 @@ def runner(
         return functools.partial(run_as_written, program)
     if program.device.type == "cuda":
         return gpu_runner(program, capacity, report)
-    sizes = {"B": 1, "N": 1, "W": WORDS}
-    examples, varying = [], {}
+    examples, varying = one_token(program), {}
     for name in program.inputs:
-        shape, dtype = input_shape(program, name)
-        examples.append(torch.zeros([size if isinstance(size, int) else sizes[size] for size in shape], dtype=dtype))
+        shape, _ = input_shape(program, name)
         varying[name] = {dim: str(size) for dim, size in enumerate(shape) if size in ("B", "N")}
     varying |= {spec.name: {0: "B"} for spec in program.states}
     examples += [torch.empty(spec.sizes(1, capacity), dtype=spec.dtype, device="meta") for spec in program.states]
@@ -283,15 +281,25 @@ def runner(
     return compiled
 
 
+def one_token(program: Program) -> list[torch.Tensor]:
+    """Inputs, without states, of one token of one row: zeros."""
+    sizes = {"B": 1, "N": 1, "W": WORDS}
+    made = []
+    for name in program.inputs:
+        shape, dtype = input_shape(program, name)
+        numbers = [size if isinstance(size, int) else sizes[size] for size in shape]
+        made.append(torch.zeros(numbers, dtype=dtype, device=program.device))
+    return made
+
+
 def gpu_runner(program: Program, capacity: int, report: CompileReport) -> Callable[..., Any]:
     """The step with that of one token compiled; other programs node by node, their attention by kernels of ours."""
     written = functools.partial(run_as_written, program)
     if program.name != "step":
         return written
-    step = GpuStep(program.module, written)
+    step = GpuStep(program, written)
     with report.stage("codegen"), torch.inference_mode(False):
-        states = [spec.allocate(1, capacity, program.device) for spec in program.states]
-        given = examples(program.inputs, states, program.device)
+        given = [*one_token(program), *(spec.allocate(1, capacity, program.device) for spec in program.states)]
         with torch.inference_mode():
             step(*given)
     if step.notice:

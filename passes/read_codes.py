@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from accelc.ir import Program
 from accelc.passes.base import Pass, PassResult
-from accelc.passes.quantize.products import Product, product_of, readers
+from accelc.passes.quantize.products import Product, lies_turned, product_of, readers
 from accelc.passes.quantize.rewrite import Codes, exchange, quantized_product
 from accelc.passes.registry import register_pass
 
@@ -33,8 +33,9 @@ class ReadCodes(Pass):
         program = program.clone()
         count = 0
         for node in list(program.graph.nodes):
-            if node.target is ops.dequantize.default:
-                count += sum(_read(node, product) for product in _products(node))
+            for product in _products(node) if node.target is ops.dequantize.default else ():
+                _read(node, product)
+                count += 1
         program.graph.eliminate_dead_code()
         program.module.recompile()
         return PassResult(program.clone(), count)
@@ -45,16 +46,16 @@ def _products(weight: fx.Node) -> list[Product]:
     found = []
     for reader, turned, view in list(readers(weight)):
         product = product_of(reader, view)
-        if product is not None and turned == (reader.target is not torch.ops.aten.linear.default):
+        if product is not None and not lies_turned(reader, turned):
             found.append(product)
     return found
 
 
-def _read(weight: fx.Node, product: Product) -> bool:
+def _read(weight: fx.Node, product: Product) -> None:
+    """Let a product read the codes of a dequantized weight."""
     *parts, bits, rows, columns, _ = weight.args
     value = weight.meta["val"]
     codes = Codes(tuple(parts), int(bits), int(rows), int(columns), value.shape[0], value.device)  # type: ignore[arg-type]
     with weight.graph.inserting_before(product.node):
         new = quantized_product(weight.graph, product, codes)
     exchange(product.node, new)
-    return True

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from accelc.ir.errors import first_line
+
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -75,8 +77,8 @@ class Graphs:
                 self._pool = torch.cuda.graph_pool_handle()
             return self._capture(call, self._pool)
         except RuntimeError as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            self.notice = f"steps are not captured as a graph and run node by node: {type(error).__name__}: {first}"
+            why = f"{type(error).__name__}: {first_line(error)}"
+            self.notice = f"steps are not captured as a graph and run node by node: {why}"
             log.warning(self.notice)
             return None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
+from typing import Any
 
 import numpy
 import pytest
@@ -47,6 +48,19 @@ def interpreter(module: ModuleType, launches: ModuleType = quantized_gemm) -> It
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(launches, "kernels", module)
         yield
+
+
+def interpreted_launches(*pairs: tuple[ModuleType, ModuleType]) -> Any:
+    """A fixture for the tests of a module: (kernels, what launches them), each interpreted."""
+
+    @pytest.fixture(scope="module", autouse=True)
+    def interpreted() -> Iterator[None]:
+        with ExitStack() as stack:
+            for module, launches in pairs:
+                stack.enter_context(interpreter(interpreted_kernels(module), launches))
+            yield
+
+    return interpreted
 
 
 def random_weight(scheme: Scheme, rows: int, columns: int, seed: int, *leading: int) -> QuantizedWeight:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,18 @@ class TensorFiles:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the tensor {name} cannot be read: {error}", where=str(entry.file)) from error
 
-    def parts(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors of one module, by their last names."""
-        names = [name for name in self.entries if name.rpartition(".")[0] == prefix]
-        return {name.rpartition(".")[2]: self.read(name) for name in names}
+    @functools.cached_property
+    def modules(self) -> dict[str, set[str]]:
+        """The last names of the tensors of each module, by its name."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for name in self.entries:
+            prefix, _, last = name.rpartition(".")
+            found[prefix].add(last)
+        return dict(found)
 
-    def read_all(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Several of them."""
-        return {name: self.read(name) for name in names}
+    def parts(self, module: str) -> dict[str, Tensor]:
+        """The tensors of one module, by their last names."""
+        return {last: self.read(f"{module}.{last}") for last in self.modules[module]}
 
 
 def read_json(file: Path) -> dict[str, Any]:

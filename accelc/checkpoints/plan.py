@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -97,15 +96,9 @@ class _Planner:
         return self.made
 
     def _quantized_modules(self) -> dict[str, set[str]]:
-        """The last names of the tensors of each module, by its name in the files, where they tell that it is
-        quantized.
-        """
-        found: dict[str, set[str]] = defaultdict(set)
-        for name in natural(self.files.entries):
-            prefix, _, last = name.rpartition(".")
-            found[prefix].add(last)
-        parts = set(self.form.parts) if self.form is not None else set()
-        return {prefix: lasts for prefix, lasts in found.items() if parts & lasts}
+        """Those of `TensorFiles.modules` whose tensors tell that they are quantized, experts in their order."""
+        parts, found = set(self.form.parts) if self.form is not None else set(), self.files.modules
+        return {prefix: found[prefix] for prefix in natural(found) if parts & found[prefix]}
 
     def _plan_quantized(self, prefix: str) -> None:
         assert self.form is not None
@@ -136,8 +129,7 @@ class _Planner:
                 self.problems.append(f"{name} is {entries[name]}, expected {want}")
             elif name not in entries and required:
                 self.problems.append(f"{name} is missing, expected {want}")
-        present = {name.rpartition(".")[2] for name in entries if name.rpartition(".")[0] == prefix}
-        for last in natural(present - expected.keys()):
+        for last in natural(self.files.modules[prefix] - expected.keys()):
             self._unexpected(f"{prefix}.{last}")
 
     def _in_stack(self, prefix: str, weight: str, pattern: str | None) -> bool:

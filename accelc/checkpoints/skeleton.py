@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from accelc.ir.errors import CheckpointError
+from accelc.ir.errors import CheckpointError, first_line
 
 
 class UninitialisedOnMeta(TorchFunctionMode):
@@ -45,8 +45,7 @@ def skeleton(path: Path, dtype: torch.dtype | None) -> nn.Module:
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:  # a broken JSON file is a ValueError
         raise CheckpointError(
-            f"no model can be made of {path / 'config.json'}: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0][:300]}",
+            f"no model can be made of {path / 'config.json'}: {type(error).__name__}: {first_line(error)[:300]}",
             remedy="It must be the configuration of a causal language model that transformers knows.",
         ) from error
     _widen(model)

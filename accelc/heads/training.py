@@ -132,8 +132,7 @@ def train_heads(
 
     held_out: windows that accuracies are measured on; None keeps some of `windows` from training. A training that was
     cut off goes on from its last checkpoint, beside `out`, and one that has ended is not done again: `restart` forgets
-    both. In several processes (torchrun,
-    accelerate launch) all call this, and the first one writes.
+    both. In several processes (torchrun, accelerate launch) all call this, and the first one writes.
 
     Raises InputError, DraftError, and CaptureError for what cannot be captured.
     """
@@ -148,10 +147,11 @@ def train_heads(
         raise InputError("no window of text is left to train on", remedy="Give more text, or a smaller window.")
     set_seed(settings.seed)
     trunk = Trunk(model, settings.window)
-    asked = {**asdict(settings), "data": digest_of(windows), "held_out_data": digest_of(held_out)}
+    of_model, what = digest(trunk.backbone), {**asdict(settings), "data": digest_of(windows)}
+    asked = {**what, "held_out_data": digest_of(held_out)}
     folder = out.with_name(out.name + ".training")
     if out.exists() and not restart and not list(folder.glob(f"{STEP}*")):
-        return _finished(out, asked, digest(trunk.backbone))
+        return _finished(out, asked, of_model)
     heads = _new_heads(trunk.backbone, settings)
     accelerator = Accelerator(
         mixed_precision=settings.precision or training_precision(),
@@ -160,8 +160,7 @@ def train_heads(
         cpu=trunk.program.device.type == "cpu",
     )
     run = _Run(accelerator, trunk, Objective(heads, teacher=settings.teacher), settings, windows)
-    identity = {**asdict(settings), "data": digest_of(windows), "model": digest(trunk.backbone)}
-    done = _resume(folder, run, identity, restart)
+    done = _resume(folder, run, {**what, "model": of_model}, restart)
     loss = run.train(done, folder, progress)
     accelerator.wait_for_everyone()
     heads = accelerator.unwrap_model(run.objective).heads.eval()
@@ -169,7 +168,7 @@ def train_heads(
     file = HeadsFile(
         heads.to(trunk.backbone.dtype).cpu(),
         model=trunk.name,
-        digest=digest(trunk.backbone),
+        digest=of_model,
         accuracy=tuple(tuple(row) for row in rates.tolist()),
         training={**asked, "loss_at_the_end": loss, "windows": len(windows), "held_out": len(held_out)},
         source=str(out),

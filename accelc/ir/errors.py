@@ -11,6 +11,11 @@ from collections.abc import Iterable
 import torch.fx as fx
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without the trace that may follow."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 class AccelcError(Exception):
     """Base of all accelc errors. ``what`` is wrong, ``where`` (a node, pass, file or argument), ``remedy``."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import attention_kernels as kernels
 from .errors import KernelInputError
+from .launch import is_interpreted
 
 LEAST = 16
 """Rows and columns that the matrix instruction takes."""
@@ -81,7 +82,7 @@ def attention_gpu(
         raise KernelInputError(f"queries in {query.dtype} and keys in {key.dtype}", where="accelc::attention")
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     group = h // key_heads
-    interpreted = not isinstance(kernels.attention_kernel, triton.JITFunction)
+    interpreted = is_interpreted(kernels.attention_kernel)
     processors = 4 if interpreted else torch.cuda.get_device_properties(query.device).multi_processor_count
     amd = torch.version.hip is not None
     blocks = blocks or choose_blocks(b, key_heads, n * group, d, capacity, processors, query.dtype, amd)
@@ -93,16 +94,16 @@ def attention_gpu(
     sums = torch.empty((b, key_heads, n * group, blocks.splits, 2), dtype=torch.float32, device=query.device)
     kernels.attention_kernel[(triton.cdiv(n * group, blocks.rows), b * key_heads, blocks.splits)](
         query, key, value, positions.contiguous(), lengths, None if tree is None else tree.contiguous(), bias, slopes,
-        parts, sums, n, capacity, max(window, 1), scale, softcap,
+        parts, sums, n, max(window, 1), scale, softcap,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *(bias.stride() if bias is not None else (0,) * 4),
         **constants(key_heads, group, d, dv, words, mask, softcap, blocks, interpreted),
-        **({} if interpreted else {"num_warps": blocks.warps, "num_stages": blocks.stages}),
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     out = torch.empty((b, n, h, dv), dtype=query.dtype, device=query.device)
     kernels.join_kernel[(n * group, b * key_heads)](
         parts, sums, sinks, out, n,
         KEY_HEADS=key_heads, GROUP=group, DV=dv, DV_PADDED=triton.next_power_of_2(dv), SPLITS=blocks.splits,
-        **({} if interpreted else {"num_warps": join_warps(blocks.splits, dv)}),
+        num_warps=join_warps(blocks.splits, dv),
     )  # fmt: skip
     return out.transpose(1, 2)
 

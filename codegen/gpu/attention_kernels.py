@@ -39,7 +39,7 @@ def _capped(x, cap):
 @triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, lengths_ptr, tree_ptr, bias_ptr, slopes_ptr, parts_ptr, sums_ptr,
-    N, SLOTS, window, scale, softcap,
+    N, window, scale, softcap,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     bias_batch, bias_head, bias_row, bias_slot,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,

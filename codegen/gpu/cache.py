@@ -22,9 +22,8 @@ def cache_update_gpu(cache: Tensor, value: Tensor, lengths: Tensor, dim: int) ->
     """`accelc::cache_update` by the kernel, for caches that it `takes`."""
     outer, row = math.prod(cache.shape[1:dim]), math.prod(cache.shape[dim + 1 :])
     n = value.shape[dim]
-    compiled = isinstance(kernels.cache_update_kernel, triton.JITFunction)
     kernels.cache_update_kernel[(n, cache.shape[0] * outer)](
         cache, value.contiguous(), lengths, outer, cache.shape[dim], n,
         ROW=row, ROW_PADDED=triton.next_power_of_2(row),
-        **({"num_warps": 1 if row <= 256 else 4} if compiled else {}),
+        num_warps=1 if row <= 256 else 4,
     )  # fmt: skip

@@ -7,12 +7,12 @@ import warnings
 from typing import Any, Literal, get_args
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from . import kernels, measure, tuning
 from .errors import KernelInputError
+from .launch import is_interpreted
 from .layout import BAND, TiledWeight, unit_columns, untile_weight
 from .tiles import Tile, Weights, candidates
 
@@ -129,8 +129,8 @@ def target_of(device: torch.device) -> str:
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
-    return not isinstance(kernels.quantized_gemm_kernel, triton.JITFunction)
+    """Whether the kernels run in Triton's interpreter."""
+    return is_interpreted(kernels.quantized_gemm_kernel)
 
 
 def dependent_launch(target: str) -> bool:

@@ -8,15 +8,17 @@ gates and residual sums with each other. Steps of several tokens run node by nod
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
+from accelc.ir import Program
 from accelc.ir.compat import INDUCTOR_ERRORS, compile_whole
 from accelc.ir.dialect import REFERENCES
+from accelc.ir.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +35,12 @@ class GpuStep:
 
     def __init__(
         self,
-        module: fx.GraphModule,
+        program: Program,
         run: Callable[..., tuple[Tensor, ...]],
         compiler: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
     ) -> None:
         self._run = run
-        self._compiled: Callable[..., Any] | None = (compiler or compile_whole)(expanded(module))
+        self._compiled: Callable[..., Any] | None = (compiler or compile_whole)(expanded(program))
         self.notice = ""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -50,49 +52,16 @@ class GpuStep:
         except INDUCTOR_ERRORS as error:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise  # a graph that cannot be captured is not the compiler's failure
-            first = (str(error).strip().splitlines() or [""])[0]
-            self.notice = f"the step of one token runs node by node: {type(error).__name__}: {first}"
+            self.notice = f"the step of one token runs node by node: {type(error).__name__}: {first_line(error)}"
             log.warning(self.notice)
             self._compiled = None
             return self._run(*inputs)
 
 
-def expanded(module: fx.GraphModule) -> fx.GraphModule:
+def expanded(program: Program) -> fx.GraphModule:
     """A copy that shares the tensors, in which operations without a kernel are their references."""
-    graph = fx.Graph()
-    made = fx.GraphModule(module, graph)
-    remap: dict[fx.Node, fx.Node] = {}
+    module = program.clone().module
     for node in module.graph.nodes:
-        copy = remap[node] = graph.node_copy(node, remap.__getitem__)
         if node.op == "call_function" and node.target not in KERNELS:
-            copy.target = REFERENCES.get(node.target, node.target)
-        if node.op == "get_attr":
-            _share(module, made, str(node.target))
-    made.recompile()
-    return made
-
-
-def _share(source: torch.nn.Module, target: torch.nn.Module, path: str) -> None:
-    """Give `target` the tensor that `source` has at a path."""
-    *owners, name = path.split(".")
-    for owner in owners:
-        if not hasattr(target, owner):
-            target.add_module(owner, torch.nn.Module())
-        source, target = getattr(source, owner), getattr(target, owner)
-    value = getattr(source, name)
-    if name in target._parameters or name in target._buffers or hasattr(target, name):
-        return
-    if isinstance(value, torch.nn.Parameter):
-        target.register_parameter(name, value)
-    else:
-        target.register_buffer(name, value)
-
-
-def examples(names: Sequence[str], states: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Inputs of a step of one token of one row, by name, and its states."""
-    made = {
-        "tokens": torch.zeros(1, 1, dtype=torch.int64, device=device),
-        "positions": torch.zeros(1, 1, dtype=torch.int64, device=device),
-        "lengths": torch.zeros(1, dtype=torch.int64, device=device),
-    }
-    return [*(made[name] for name in names if name in made), *states]
+            node.target = REFERENCES.get(node.target, node.target)
+    return fx.GraphModule(module, module.graph)  # with code of its own: dynamo inlines no lazy module

@@ -111,7 +111,7 @@ def run_calibrated(program: Program, matrices: Mapping[str, Matrix], calibration
         for begin, stop in pairwise([0, *firsts.values()]):
             for piece in pieces:
                 for node in nodes[begin:stop]:
-                    piece.run(node, owners.get(node), weights)
+                    piece.advance(node, owners.get(node), weights)
             matrix, product = owners[nodes[stop]]
             quantized = made(matrix, product, [piece.rows(product) for piece in pieces])
             weight = None if quantized is None else quantized.dequantize(pieces[0].value(product.x).dtype)
@@ -167,7 +167,7 @@ class _Piece(fx.Interpreter):
             ends = torch.arange(each, experts * each + 1, each, device=x.device)
         return Rows(x.reshape(-1, x.shape[-1]), ends)
 
-    def run(  # type: ignore[override]
+    def advance(
         self, node: fx.Node, owner: tuple[Matrix, Product] | None, weights: Mapping[str, Tensor | None]
     ) -> None:
         """Run the next node, a product with its new weight where it has one."""

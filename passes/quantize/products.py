@@ -75,7 +75,7 @@ def find_matrices(program: Program) -> dict[str, Matrix]:
             if reader.target is aten.embedding.default and reader.args[0] is view and not turned:
                 lookups[path].append(reader)
             elif product := product_of(reader, view):
-                found[path].append((turned != (reader.target is not aten.linear.default), product))
+                found[path].append((lies_turned(reader, turned), product))
             else:
                 refused.add(path)
     matrices = {}
@@ -110,6 +110,11 @@ def readers(node: fx.Node, turned: bool = False) -> Iterator[tuple[fx.Node, bool
             yield from readers(user, not turned)
         else:
             yield user, turned, node
+
+
+def lies_turned(reader: fx.Node, turned: bool) -> bool:
+    """Whether a weight is stored [..., K, N], by the product that reads it, its last two dims exchanged or not."""
+    return turned != (reader.target is not aten.linear.default)
 
 
 def _exchanges(node: fx.Node, source: fx.Node) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import CASES, error, operands
-from codegen_gpu import interpreted_kernels, interpreter
+from codegen_gpu import interpreted_launches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,16 +15,7 @@ from accelc.codegen.gpu import attention, attention_kernels
 from accelc.codegen.gpu.attention import Blocks, attention_gpu, choose_blocks
 from accelc.codegen.gpu.errors import KernelInputError
 
-
-@pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    return interpreted_kernels(attention_kernels)
-
-
-@pytest.fixture(autouse=True)
-def _interpreted(kernels: ModuleType) -> Iterator[None]:
-    with interpreter(kernels, attention):
-        yield
+_interpreted = interpreted_launches((attention_kernels, attention))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

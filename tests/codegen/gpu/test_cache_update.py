@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
-
-import pytest
 import torch
-from codegen_gpu import interpreted_kernels, interpreter
+from codegen_gpu import interpreted_launches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,16 +11,7 @@ from accelc.codegen.gpu import cache, cache_kernels
 from accelc.codegen.gpu.cache import cache_update_gpu, takes
 from accelc.ir.dialect import cache_update_reference
 
-
-@pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    return interpreted_kernels(cache_kernels)
-
-
-@pytest.fixture(autouse=True)
-def _interpreted(kernels: ModuleType) -> Iterator[None]:
-    with interpreter(kernels, cache):
-        yield
+_interpreted = interpreted_launches((cache_kernels, cache))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.fx as fx
-from codegen_gpu import interpreted_kernels, interpreter
+from codegen_gpu import interpreted_launches
 from families import FAMILIES, Expect, names
 from torch import Tensor
 
@@ -24,13 +22,7 @@ LENGTHS = (17, 3)
 TREE = Tree.of_paths([(0,), (1,), (0, 0), (1, 0), (0, 0, 0)])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _interpreted() -> Iterator[None]:
-    with (
-        interpreter(interpreted_kernels(attention_kernels), attention),
-        interpreter(interpreted_kernels(cache_kernels), cache),
-    ):
-        yield
+_interpreted = interpreted_launches((attention_kernels, attention), (cache_kernels, cache))
 
 
 def with_kernels(program: Program) -> tuple[Program, int]:

@@ -12,7 +12,8 @@ from families import FAMILIES
 from torch import Tensor
 
 from accelc.capture import capture
-from accelc.codegen.gpu.step import GpuStep, examples, expanded
+from accelc.codegen.gpu.step import GpuStep, expanded
+from accelc.compiler import one_token
 from accelc.ir import Program
 from accelc.ir.dialect import REFERENCES
 from accelc.pipeline import step_pipeline
@@ -45,7 +46,7 @@ def traced(module: fx.GraphModule) -> Any:
 def test_the_compiled_form_computes_and_writes_the_same(family: str) -> None:
     torch.compiler.reset()
     step = derived(family)
-    compiled = GpuStep(step.module, step.run, traced)
+    compiled = GpuStep(step, step.run, traced)
     for batch in (1, 3):
         given = inputs(step, batch)
         mine = [tensor.clone() for tensor in given]
@@ -60,7 +61,7 @@ def test_the_compiled_form_computes_and_writes_the_same(family: str) -> None:
 
 def test_operations_without_kernels_are_written_out_and_tensors_shared() -> None:
     step = derived("llama")
-    made = expanded(step.module)
+    made = expanded(step)
     targets = {node.target for node in made.graph.nodes if node.op == "call_function"}
     assert targets & set(REFERENCES) == {torch.ops.accelc.attention.default}
     assert torch.ops.accelc.cache_update.default in targets
@@ -80,7 +81,7 @@ def test_several_tokens_and_what_does_not_compile_run_node_by_node(caplog: pytes
 
         return run
 
-    compiled = GpuStep(step.module, step.run, broken)
+    compiled = GpuStep(step, step.run, broken)
     with torch.inference_mode():
         many = inputs(step, 2, 5)
         torch.testing.assert_close(compiled(*many)[0], step.run(*many)[0])
@@ -96,14 +97,14 @@ def test_several_tokens_and_what_does_not_compile_run_node_by_node(caplog: pytes
 def test_examples_fit_the_step() -> None:
     step = derived("llama")
     states = [spec.allocate(1, CAPACITY, torch.device("cpu")) for spec in step.states]
-    assert step.run(*examples(step.inputs, states, torch.device("cpu")))[0].shape[:2] == (1, 1)
+    assert step.run(*one_token(step), *states)[0].shape[:2] == (1, 1)
 
 
 @pytest.mark.slow
 def test_inductor_compiles_it() -> None:
     torch.compiler.reset()
     step = derived("llama")
-    compiled = GpuStep(step.module, step.run)
+    compiled = GpuStep(step, step.run)
     given = inputs(step, 2)
     mine = [tensor.clone() for tensor in given]
     with torch.inference_mode():
