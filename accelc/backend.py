@@ -143,13 +143,14 @@ def compile_inference(
             announce(TRAINING_NOTICE)
             return
         try:
-            program = to_program(graph, constants(graph, frozen.tensors if frozen else {}))
+            known = constants(graph, frozen) if frozen else {}
+            program = to_program(graph, known)
         except InvariantError as error:
             report = replace(report, note=f"no program, left to Inductor: {error.what}")
             return
         program = pipeline.run(program)
         try:
-            write_back(program, graph)
+            write_back(program, graph, known)
         except LayoutError as error:
             report = replace(report, note=f"left to Inductor without the passes' changes: {error.what}")
             return

@@ -10,6 +10,7 @@ from typing import Any
 from accelc.ir.compat import inductor_options
 from accelc.ir.errors import BackendError, OptionValueError, UnknownOptionError
 from accelc.passes import Pass, Pipeline, build_pass, known_passes
+from accelc.passes.quantize.methods import CALIBRATED, METHODS
 from accelc.passes.quantize_weights import QuantizeWeights, quantization
 
 DEFAULT_PASSES = ("normalise",)
@@ -75,6 +76,13 @@ def parse_options(options: Mapping[str, object] | None) -> BackendOptions:
             remedy=f"Use accelc.compile for a decoder. Passes for any graph: "
             f"{', '.join(name for name in known_passes() if name not in STEP_PASSES)}.",
         )
+    for one in (*built, given.get("quantize")):
+        if isinstance(one, QuantizeWeights) and one.method in CALIBRATED:
+            raise OptionValueError(
+                f"the accelc backend cannot run the method {one.method!r}, which needs a whole language model",
+                where="torch.compile(options=...)",
+                remedy=f"Use accelc.compile(model, quantize=...), or one of: {', '.join(METHODS)}.",
+            )
     checked = BackendOptions(passes=built, disable=tuple(given.pop("disable", ())), **given)
     checked.pipeline()  # an impossible order or an unknown name is reported here, not in the middle of compiling
     return checked

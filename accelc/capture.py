@@ -16,7 +16,6 @@ from pathlib import Path
 import sympy
 import torch
 import torch.fx as fx
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from accelc.capture_failure import (
@@ -29,11 +28,11 @@ from accelc.capture_failure import (
     size_error,
     source_of,
 )
-from accelc.checkpoints import load_checkpoint, quantization_of
+from accelc.checkpoints import load_checkpoint, load_floats, quantization_of
 from accelc.exported import is_functional, plain_module
 from accelc.input_vocabulary import input_vocab_size
 from accelc.ir.compat import mask_hint_unasked
-from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError, first_line
+from accelc.ir.errors import CaptureError, InputError, MetaDeviceError, NoLogitsError
 from accelc.ir.program import Program
 from accelc.passes.closeness import TOLERANCES, allowed, differences, spread
 
@@ -123,7 +122,8 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Mo
     """A transformers causal LM from a local directory with config.json and safetensors weights, which may be quantized
     (`accelc.checkpoints`).
 
-    Raises InputError when the directory or its files are missing or damaged; never touches the network.
+    Raises InputError when there is no such model, CheckpointError when its files are missing, damaged or do not fit it;
+    never touches the network.
     """
     path = Path(source)
     if not (path / "config.json").is_file():
@@ -131,19 +131,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> nn.Mo
             f"no config.json in {path}" if path.is_dir() else f"no such directory: {path} (looking for its config.json)"
         )
         raise InputError(what, remedy="Give a directory written by save_pretrained.")
-    if quantization_of(path) is not None:
-        return load_checkpoint(path, dtype=dtype)
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-        ).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"no model could be loaded from {path}: {type(error).__name__}: {first_line(error)}",
-            remedy="The directory must hold a valid config.json and all weights as safetensors.",
-        ) from error
+    return load_floats(path, dtype=dtype) if quantization_of(path) is None else load_checkpoint(path, dtype=dtype)
 
 
 def forward_logits(model: nn.Module, tokens: Tensor) -> Tensor:

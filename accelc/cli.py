@@ -223,6 +223,7 @@ def plan_quantize(
     Use the plan by `accelc.compile(model, quantize=QuantizationPlan.load("plan.json").to_pass())`.
     """
     from accelc.arguments import check_output
+    from accelc.checkpoints import quantization_of
     from accelc.command.progress import Bars
     from accelc.ir.errors import InputError
     from accelc.passes.quantize.budget import plan_quantization
@@ -233,12 +234,14 @@ def plan_quantize(
     with named_errors():
         if (max_bytes is None) == (max_rise is None):
             raise InputError("a plan needs one budget", remedy="Give --max-bytes or --max-rise, and not both.")
-        if max_rise is not None and max_rise <= 0:
+        if max_rise is not None and not 0 < max_rise < math.inf:
             raise InputError(f"--max-rise is {max_rise}", remedy="Give a rise above 0, such as 0.01 for one percent.")
-        if max_bytes is not None and max_bytes <= 0:
+        if max_bytes is not None and not 0 < max_bytes < math.inf:
             raise InputError(f"--max-bytes is {max_bytes:g}", remedy="Give the bytes that all weights may take.")
         check_output(out)
         text = read_texts(texts)
+        if (model / "config.json").is_file() and quantization_of(model) is not None:
+            raise InputError(f"the model in {model} is quantized already", remedy="Plan for its float model.")
         decoder = compiled(model, length, dtype, None, eager=False)
         calibration = accelc.Calibration.of_text(encode(decoder.tokenizer, text), rows=rows, length=length)
         with Bars(transient=True) as bars:

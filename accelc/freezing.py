@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from accelc.ir.compat import is_module_tensor, with_attributes
+from accelc.ir.compat import is_module_tensor, module_path, with_attributes
 from accelc.ir.errors import BackendError
 
 
@@ -26,6 +27,8 @@ class Frozen:
     """The frozen parameters by attribute name."""
     places: tuple[int, ...]
     """Where dynamo passes each of `tensors`."""
+    paths: dict[str, str]
+    """The names of `tensors` in the model, by attribute name; of those that have one to themselves."""
 
     def guard(self, compiled: Callable[..., Any], written: Collection[str]) -> Callable[..., Any]:
         """`compiled`, for dynamo's full argument list.
@@ -68,4 +71,7 @@ def freeze_parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> Frozen:
     ]
     kept = tuple(i for i in range(len(inputs)) if i not in set(frozen))
     tensors = {placeholders[i].name: inputs[i] for i in frozen}
-    return Frozen(with_attributes(gm, tensors), tuple(inputs[i] for i in kept), kept, tensors, tuple(frozen))
+    paths = {placeholders[i].name: module_path(placeholders[i]) for i in frozen}
+    count = Counter(paths.values())  # a function may read several models
+    paths = {name: path for name, path in paths.items() if path and count[path] == 1}
+    return Frozen(with_attributes(gm, tensors), tuple(inputs[i] for i in kept), kept, tensors, tuple(frozen), paths)

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from accelc.freezing import Frozen
 from accelc.ir import Program, check
 from accelc.ir.compat import attribute_of, fill_values, is_decomposed, trace_decomposed
 from accelc.ir.dialect import REFERENCES
@@ -33,7 +35,15 @@ WRITE = "write_"
 CONSTANT = "accelc_constant_"
 
 
-def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Program:
+@dataclass(frozen=True)
+class Constant:
+    """A frozen parameter: its name in the program, that of the model where there is one, and its value."""
+
+    name: str
+    value: torch.Tensor
+
+
+def to_program(graph: fx.Graph, constants: Mapping[str, Constant]) -> Program:
     """The Program of an inference graph; `graph` stays as it is.
 
     `constants` gives the frozen parameters by the target of their placeholder; the graph does not write to them. Raises
@@ -50,8 +60,8 @@ def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Progra
         if node.op == "placeholder":
             name = str(node.target)
             if name in constants:
-                store(root, name, constants[name])
-                env[node] = pure.get_attr(name)
+                store(root, constants[name].name, constants[name].value)
+                env[node] = pure.get_attr(constants[name].name)
                 env[node].meta = dict(node.meta)
             else:
                 env[node] = pure.node_copy(node)
@@ -78,8 +88,9 @@ def to_program(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> Progra
     return program
 
 
-def write_back(program: Program, graph: fx.Graph) -> fx.Graph:
-    """The inference graph that does what `program` says, with the inputs, writes and output metadata of `graph`.
+def write_back(program: Program, graph: fx.Graph, constants: Mapping[str, Constant]) -> fx.Graph:
+    """The inference graph that does what `program`, made with `constants`, says, with the inputs, writes and output
+    metadata of `graph`.
 
     Becomes the graph of `graph`'s module, which gets the tensors that passes added. What Inductor does not fuse is
     expanded. Raises `InvariantError` when passes changed the inputs or outputs,
@@ -97,13 +108,13 @@ def write_back(program: Program, graph: fx.Graph) -> fx.Graph:
     placeholders = {}
     for name, node in originals.items():
         placeholders[name] = fresh.node_copy(node)  # all of them: the caller passes its arguments by place
+    frozen = {constant.name: placeholders[target] for target, constant in constants.items()}
     env: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             env[node] = placeholders[str(node.target)]
         elif node.op == "get_attr":
-            name = str(node.target)
-            env[node] = placeholders[name] if name in placeholders else _constant(fresh, module, program.module, node)
+            env[node] = frozen.get(str(node.target)) or _constant(fresh, module, program.module, node)
         elif node.op != "output":
             env[node] = fresh.node_copy(node, env.__getitem__)
     values = fx.map_arg(after.args[0], env.__getitem__)
@@ -166,11 +177,15 @@ def expand(graph: fx.Graph, module: fx.GraphModule, known: Collection[object] = 
     return count
 
 
-def constants(graph: fx.Graph, frozen: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The frozen tensors (by attribute) that the graph does not write to, by the target of their placeholder."""
+def constants(graph: fx.Graph, frozen: Frozen) -> dict[str, Constant]:
+    """The frozen tensors that the graph does not write to, by the target of their placeholder."""
     attributes = {str(n.target): attribute_of(n) for n in graph.nodes if n.op == "placeholder"}
     written = written_attributes(graph)
-    return {name: frozen[a] for name, a in attributes.items() if a and a in frozen and a not in written}
+    return {
+        target: Constant(frozen.paths.get(name, target), frozen.tensors[name])
+        for target, name in attributes.items()
+        if name and name in frozen.tensors and name not in written
+    }
 
 
 def written_attributes(graph: fx.Graph) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from accelc.ir.errors import InputError
-from accelc.ir.quantized import QuantizedWeight, Scheme
+from accelc.ir.quantized import SCALES, QuantizedWeight, Scheme
 
 
 class QuantizedModule(nn.Module):
@@ -39,7 +39,14 @@ class QuantizedModule(nn.Module):
         return QuantizedWeight(self.scheme, self.codes, self.scales, self.zeros, self.rows, self.columns)
 
     def stored_scheme(self) -> Scheme:
-        """The scheme with the dtype that the scales have now: `Module.half` and its kin change it."""
+        """The scheme with the dtype that the scales have now: `Module.half` and its kin change it. Raises InputError
+        for one that no scheme has.
+        """
+        if self.scales.dtype not in SCALES.values():
+            raise InputError(
+                f"the scales of a {type(self).__name__} are {str(self.scales.dtype).removeprefix('torch.')}",
+                remedy="Convert the model to float32, bfloat16 or float16: quantized weights have no other scales.",
+            )
         return replace(self.scheme, scale_dtype=self.scales.dtype)
 
     def extra_repr(self) -> str:

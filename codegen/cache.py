@@ -36,13 +36,13 @@ def cache_dir() -> Path:
 def content_key(*parts: str | bytes) -> str:
     """A name for what `parts`, this torch and this machine's instruction set determine together."""
     digest = hashlib.sha256()
-    for part in (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), _cpu_flags(), *parts):
+    for part in (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), cpu_flags(), *parts):
         data = part.encode() if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:32]
 
 
-def _cpu_flags() -> str:
+def cpu_flags() -> str:
     """Linux lists what `-march=native` sees; elsewhere the processor's name has to do."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

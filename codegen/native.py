@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelc.codegen.cache import cache_dir, cached, content_key
+from accelc.codegen.cache import cache_dir, cached, content_key, cpu_flags
 from accelc.codegen.errors import ToolchainError
 from accelc.codegen.instructions import OPS
 from accelc.ir.compat import cpp_compiler
@@ -148,6 +148,12 @@ def _built(part: Part, march: str) -> tuple[ctypes.CDLL, bool]:
     flags = [*FLAGS, f"-march={march}"]
     key = content_key(source_text(), " ".join((*part.units, *flags)))
     return cached(cache_dir() / "kernels" / f"{key}.so", lambda scratch: _build(scratch, part.units, flags), part.load)
+
+
+def has_byte_products() -> bool:
+    """Whether kernels for this processor multiply bytes (``ACCELC_DOT4`` in dot_codes.h)."""
+    flags = cpu_flags().split()
+    return "avx512_vnni" in flags or ("avx_vnni" in flags and "avx512f" not in flags)
 
 
 def _build(target: Path, units: tuple[str, ...], flags: list[str]) -> None:

@@ -9,9 +9,9 @@ from accelc.ir import Exactness, Program
 from accelc.ir.errors import InputError, OptionValueError
 from accelc.ir.program import fetch
 from accelc.ir.quantized import QuantizedWeight, Scheme
-from accelc.ir.rounding import all_finite
+from accelc.ir.rounding import check_finite, check_scales
 from accelc.passes.base import Pass, PassResult
-from accelc.passes.quantize.calibration import Calibration
+from accelc.passes.quantize.calibration import Calibration, check_calibration
 from accelc.passes.quantize.granularity import BASE, Option, bits_of, candidates, choose_groups, relative_error
 from accelc.passes.quantize.memory import free, own_storages
 from accelc.passes.quantize.methods import CALIBRATED, METHODS, calibrated
@@ -34,8 +34,8 @@ class QuantizeWeights(Pass):
 
     * ``scheme``: of all weights but the head's, such as "int4:g64" (see `Scheme.parse`); "int4:auto" chooses the group
       of each matrix from its weights, at the bits of a group of 128 (`passes/quantize/granularity.py`).
-    * ``head``: scheme of the projection to the logits; "" takes ``scheme``, "none" leaves it. An embedding tied to it
-      reads the same codes.
+    * ``head``: scheme of the projection to the logits; "" is int8 where ``scheme`` is int4, and ``scheme`` otherwise;
+      "none" leaves it. An embedding tied to it reads the same codes.
     * ``embeddings``: scheme of tables that are only looked up.
     * ``method``: "rtn" (round to nearest, ranges searched), "hqq" (half-quadratic), "gptq" and "awq"; the last two need
       ``calibration``.
@@ -58,7 +58,7 @@ class QuantizeWeights(Pass):
     exactness = Exactness.LOSSY
 
     scheme: str = "int4"
-    head: str = "int8"
+    head: str = ""
     embeddings: str = NONE
     method: str = "rtn"
     include: str = "*"
@@ -75,10 +75,10 @@ class QuantizeWeights(Pass):
         head = head_of(program, matrices)
         schemes = self._schemes(program, matrices, head)
         if not schemes and self.expected_matches[0]:
-            raise OptionValueError("no weight is left to quantize", where=str(self), remedy=_nothing(program, matrices))
+            remedy = nothing_left(program, matrices)
+            raise OptionValueError("no weight is left to quantize", where=str(self), remedy=remedy)
         for path in schemes:
-            if not all_finite(fetch(program.module, path)):
-                raise InputError(f"the weight {path} holds NaN or infinite values", remedy="Repair the checkpoint.")
+            check_finite(path, fetch(program.module, path))
         chosen = {path: matrix for path, matrix in matrices.items() if path in schemes}
         notes = []
         consumed = own_storages(program, chosen) if self.consume else set()
@@ -86,6 +86,7 @@ class QuantizeWeights(Pass):
             notes.append(scale_norms(program, chosen, schemes, self._text(), consumed))
         before = after = matches = 0
         for path, made in self._make(program, chosen, schemes):
+            check_scales(path, made)
             weight = fetch(program.module, path)
             matches += rewrite(program, matrices[path], made)
             before += weight.numel() * weight.element_size()
@@ -109,6 +110,8 @@ class QuantizeWeights(Pass):
         for text in (self.scheme, self.head, self.embeddings):
             if text not in ("", NONE):
                 parse_scheme(text)
+        if not isinstance(self.consume, bool):
+            raise OptionValueError(f"consume is {self.consume!r}", where=str(self), remedy="Use True or False.")
         if self.method not in METHODS and self.method not in CALIBRATED:
             raise OptionValueError(
                 f"unknown method {self.method!r}",
@@ -120,6 +123,8 @@ class QuantizeWeights(Pass):
                                    remedy="Use 16, or 8.")  # fmt: skip
         if self.method in CALIBRATED:
             self._text()
+        elif self.calibration is not None:
+            check_calibration(self.calibration)
 
     def _text(self) -> Calibration:
         if self.calibration is None:
@@ -128,15 +133,16 @@ class QuantizeWeights(Pass):
                 where=str(self),
                 remedy="Give calibration=Calibration.of_text(ids), or take 'rtn' or 'hqq', which need no data.",
             )
-        return self.calibration
+        return check_calibration(self.calibration)
 
     # -- which weight in which scheme ----------------------------------------------------------------------------------
 
     def _schemes(self, program: Program, matrices: dict[str, Matrix], head: str | None) -> dict[str, Scheme]:
         texts = {path: self._text_of(matrix, path == head) for path, matrix in matrices.items()}
-        kept = set(selected(matrices, self.include, self.exclude, where=str(self)))
+        needed = bool(self.expected_matches[0])
+        kept = set(selected(matrices, self.include, self.exclude, where=str(self), needed=needed))
         for pattern, text in self._overrides():
-            named = matching(pattern, matrices, where=str(self))
+            named = matching(pattern, matrices, where=str(self), needed=needed)
             if named and not kept.intersection(named):
                 raise OptionValueError(
                     f"the override {pattern!r} is for weights that include and exclude leave out",
@@ -156,7 +162,7 @@ class QuantizeWeights(Pass):
             return NONE
         if not matrix.products:
             return self.embeddings
-        return (self.head or self.scheme) if is_head else self.scheme
+        return head_scheme(self.scheme, self.head) if is_head else self.scheme
 
     def _overrides(self) -> Iterator[tuple[str, str]]:
         for entry in filter(None, (part.strip() for part in self.overrides.split(","))):
@@ -210,7 +216,12 @@ def quantization(given: str | QuantizeWeights | None) -> QuantizeWeights | None:
             f"quantize is {given!r}", remedy="Give a scheme such as 'int4' or 'int8:g64', or QuantizeWeights(...)."
         )
     parse_scheme(given)
-    return QuantizeWeights(scheme=given, head="int8" if given.startswith("int4") else given)
+    return QuantizeWeights(scheme=given)
+
+
+def head_scheme(scheme: str, head: str) -> str:
+    """The scheme of the projection to the logits where ``scheme`` and ``head`` are those of `QuantizeWeights`."""
+    return head or ("int8" if scheme.lower().startswith("int4") else scheme)
 
 
 def is_automatic(scheme: str) -> bool:
@@ -220,10 +231,21 @@ def is_automatic(scheme: str) -> bool:
 
 def parse_scheme(text: str) -> Scheme:
     """The scheme that a text means, without what it says of choosing groups. Raises InputError."""
-    return Scheme.parse(":".join(part for i, part in enumerate(text.split(":")) if i == 0 or part != AUTO))
+    parts = text.split(":")
+    said = [part for i, part in enumerate(parts) if i == 0 or part != AUTO]
+    try:
+        scheme = Scheme.parse(":".join(said))
+    except InputError as error:
+        remedy = f"{error.remedy} int4:auto lets the weights choose their groups, none leaves them as they are."
+        raise InputError(error.what, where=error.where, remedy=remedy) from error
+    if len(parts) - len(said) + sum(part == "row" or part[:1] == "g" for part in said) > 1:
+        raise InputError(f"the quantization scheme {text!r} says its group twice",
+                         remedy="Leave out auto, or the group.")  # fmt: skip
+    return scheme
 
 
-def _nothing(program: Program, matrices: dict[str, Matrix]) -> str:
+def nothing_left(program: Program, matrices: dict[str, Matrix]) -> str:
+    """What to do about a program without a weight to quantize."""
     if any(path.endswith(".codes") for path in program.tensors()):
         return "The model's weights are quantized already: leave this out."
     if not matrices:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import accelc
 import accelc.backend as backend
 from accelc.backend import GraphReport
 from accelc.ir import Exactness, Program
@@ -19,6 +20,7 @@ from accelc.passes import Pass, PassResult
 from accelc.passes.derive_step import DeriveStep
 
 aten = torch.ops.aten
+GPTQ = accelc.QuantizeWeights(method="gptq", calibration=accelc.Calibration(torch.zeros(2, 8, dtype=torch.int64)))
 Failed = torch._dynamo.exc.BackendCompilerFailed
 
 
@@ -463,6 +465,8 @@ def test_options_of_inductor_reach_it() -> None:
             ["OptionValueError", "cannot run derive_step, last_logits", r"any graph: .*raise_norms", "accelc.compile"],
         ),
         ({"options": {"passes": [DeriveStep()]}}, ["cannot run derive_step"]),
+        ({"options": {"quantize": GPTQ}}, ["cannot run the method 'gptq'", "accelc.compile", "rtn, hqq"]),
+        ({"options": {"passes": [GPTQ]}}, ["cannot run the method 'gptq'"]),
         ({"options": {"inductor": {"max_autotun": True}}}, ["no option max_autotun", "Close to it: .*max_autotune"]),
     ],
 )

@@ -13,6 +13,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import accelc
+from accelc.backend import GraphReport
+from accelc.checkpoints import load_quantized, save_quantized
 from accelc.cli import app
 from accelc.ir.errors import ExactnessError, InputError, OptionValueError
 from accelc.ir.quantized import Scheme
@@ -85,6 +87,12 @@ def test_what_cannot_be_done_is_named(options: dict, error: type[Exception], tex
         accelc.compile(FAMILIES["llama"].build(), max_length=32, cache=False, **options)
 
 
+def test_a_quantized_model_in_double_is_refused(tmp_path: Path) -> None:
+    FAMILIES["llama"].build().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the scales of a QuantizedLinear are float64"):
+        accelc.compile(load_quantized(tmp_path).double(), max_length=32, cache=False)
+
+
 def test_compiling_a_second_time_gives_the_same_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELC_CACHE_DIR", str(tmp_path))
     model = FAMILIES["llama"].build()
@@ -108,6 +116,34 @@ def test_the_drop_in_backend_quantizes_any_module() -> None:
             torch.testing.assert_close(fast(x), reference(x), atol=1e-3, rtol=1e-3)
             assert float((fast(x) - model(x)).abs().max()) > 1e-2
     torch.compiler.reset()
+
+
+def test_the_drop_in_backend_knows_weights_by_their_names(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 64)).eval()
+    reports: list[GraphReport] = []
+
+    def compiled(**options: str) -> str:
+        torch.compiler.reset()
+        quantize = accelc.QuantizeWeights("int4:g32", **options)
+        run = torch.compile(model, backend="accelc", options={"quantize": quantize, "report": reports.append})
+        with torch.no_grad():
+            run(torch.randn(2, 64))
+        return str(reports[-1].history[-1].notes)
+
+    assert "1 weights by rtn" in compiled(include="0.0.*")
+    assert "1 in int8:row, 1 in int4:g32" in compiled(overrides="0.0.weight=int8")
+    assert "no weight was left" in compiled(include="q_proj*")
+    assert "'q_proj*' matches no weight of a graph, which has 0.0.weight, 1.weight" in caplog.text
+    torch.compiler.reset()
+
+
+def test_activations_of_8_bits_that_change_nothing_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelc.compiler.has_byte_products", lambda: False)
+    for scheme, backend, announced in (("int8", "native", True), ("int4", "native", False), ("int4", "eager", True)):
+        quantize = accelc.QuantizeWeights(scheme, activation_bits=8)
+        decoder = accelc.compile(FAMILIES["llama"].build(), max_length=32, quantize=quantize, backend=backend,
+                                 check="off", cache=False)  # fmt: skip
+        assert any("activation_bits=8 changes nothing" in notice for notice in decoder.report.notices) is announced
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +196,8 @@ def test_a_plan_is_made_on_the_command_line(directory: Path, tmp_path: Path) -> 
     assert both.exit_code == 1
     assert "--max-rise" in both.output
     assert "--max-bytes" in run("plan-quantize", tmp_path / "nowhere", directory / "text.txt").output
+    assert "--max-rise is nan" in run("plan-quantize", directory, directory / "text.txt", "--max-rise", "nan").output
+    save_quantized(load_quantized(directory), tmp_path / "own")
+    own = run("plan-quantize", tmp_path / "own", directory / "text.txt", "--max-bytes", 1e5, "--out", out)
+    assert own.exit_code == 1
+    assert "quantized already" in own.output

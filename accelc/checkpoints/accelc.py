@@ -19,6 +19,7 @@ from accelc.checkpoints.files import TensorFiles
 from accelc.checkpoints.formats import FLOATS, Expected, setting
 from accelc.ir.errors import CheckpointError, CheckpointFormatError, InputError
 from accelc.ir.quantized import LANES, QuantizedWeight, Scheme
+from accelc.quantized_linear import STACK
 
 VERSION = 1
 SCHEMES = "accelc.schemes"
@@ -54,9 +55,18 @@ class Accelc:
         return {"format": "pt", SCHEMES: json.dumps(self.settings()["schemes"], sort_keys=True)}
 
     def check_files(self, files: TensorFiles) -> None:
-        """Raise CheckpointError when the files were written with other schemes."""
-        if files.metadata.get(SCHEMES) != self.metadata()[SCHEMES]:
+        """Raise CheckpointError when the files were written with other schemes, or hold floats in place of codes."""
+        if SCHEMES not in files.metadata:
+            raise CheckpointError(
+                f"the headers of the files lack {SCHEMES!r}, the schemes that save_quantized wrote them with",
+                remedy="Whoever wrote the files anew has to keep their metadata.",
+            )
+        if files.metadata[SCHEMES] != self.metadata()[SCHEMES]:
             raise CheckpointError("config.json names other quantization schemes than the files were written with")
+        for module in self.schemes:
+            name = module.removesuffix(STACK) if module.endswith(STACK) else f"{module}.weight"
+            if name in files.entries:
+                raise CheckpointError(f"{name} ({files.entries[name]}) is in place of the codes of {module}")
 
     def expected(self, module: str, rows: int, columns: int) -> dict[str, Expected]:
         scheme = self.schemes.get(module)

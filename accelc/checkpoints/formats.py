@@ -60,14 +60,17 @@ def quantization_of(path: Path) -> dict[str, Any] | None:
     """The quantization settings of the model in directory `path`, None when it is not quantized.
 
     They are in config.json (``quantization_config``, in older files ``compression_config``); checkpoints from before
-    that have a file of their own: quantize_config.json of AutoGPTQ, quant_config.json of AutoAWQ.
+    that have a file of their own: quantize_config.json of AutoGPTQ, quant_config.json of AutoAWQ. Raises
+    CheckpointError.
     """
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")
         for owner in (config, config.get("text_config")):
             for key in ("quantization_config", "compression_config"):
                 found = owner.get(key) if isinstance(owner, dict) else None
-                if isinstance(found, dict):
+                if found is not None and not isinstance(found, dict):
+                    raise CheckpointFormatError(f"{key} is {found!r}, no object", where=str(path / "config.json"))
+                if found is not None:
                     return {"quant_method": "compressed-tensors", **found} if key != "quantization_config" else found
     if (path / "quantize_config.json").is_file():
         return {"quant_method": "gptq", **read_json(path / "quantize_config.json")}

@@ -32,6 +32,19 @@ class Merge:
         made = converter.convert(self.first, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def miscounted(self, count: int) -> tuple[list[str], list[str]]:
+        """Names that lack and names that are too many where each pattern with a number, as those of experts have, is
+        for the numbers below `count`.
+        """
+        found = {name: match for pattern, name in self.sources if (match := _numbered(pattern).search(name))}
+        if not found:
+            return [], []
+        first, match = next(iter(found.items()))
+        begin = first[: match.start()]
+        patterns = [pattern for pattern in self.converter.source_patterns if "*" in pattern]
+        wanted = {begin + pattern.replace("*", str(number)): None for pattern in patterns for number in range(count)}
+        return [name for name in wanted if name not in found], [name for name in found if name not in wanted]
+
 
 class Names:
     """The rules of one model."""
@@ -74,6 +87,11 @@ class Names:
     def optional(self, name: str) -> bool:
         """Whether transformers would do without the parameter."""
         return any(pattern.search(name) for pattern in self._optional)
+
+
+def _numbered(pattern: str) -> re.Pattern[str]:
+    """What a pattern of names matches; its * is a number."""
+    return re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
 
 
 def natural(names: Iterable[str]) -> list[str]:

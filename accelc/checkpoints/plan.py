@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from accelc.checkpoints.files import Entry, TensorFiles
 from accelc.checkpoints.formats import Expected, Format
 from accelc.checkpoints.layers import matrix_shape
 from accelc.checkpoints.names import Merge, Names, natural
-from accelc.ir.errors import CheckpointError
+from accelc.ir.errors import CheckpointError, first_line
 from accelc.ir.quantized import LANES
 from accelc.quantized_linear import STACK
 
@@ -51,12 +53,12 @@ class Stack:
         return rows // max(1, len(self.names) // count), columns
 
     def problem(self) -> str:
-        """Why the matrices do not make the stack; empty where they do."""
+        """Why matrices, as many of each expert, do not make the stack; empty where they do."""
         assert self.merge is not None
         count, rows, _ = self.shape
         each, left = divmod(len(self.names), count)
         if left or not each or rows % each:
-            return f"needs as many of each of its {count} experts in"
+            return f"does not make {count} experts of {len(self.names)} matrices in"
         if len(self.merge.targets) != 1:
             return "makes several parameters of them, one of them"
         return "joins matrices whose rows are no multiple of 16 in" if self.matrix[0] % LANES and each > 1 else ""
@@ -87,6 +89,8 @@ class _Planner:
         for name in natural(self.files.entries):
             if name.rpartition(".")[0] not in modules:
                 self._plan_plain(name)
+        for target, merge in self.made.merges.items():
+            self._check_merge(target, merge)
         self._plan_rest()
         if self.problems:
             more = len(self.problems) - SHOWN
@@ -144,7 +148,7 @@ class _Planner:
         stack = self.made.stacks[target]
         stack.names.append(prefix)
         if stack.merge is not None and pattern is not None:
-            stack.merge.sources.append((pattern, prefix))
+            stack.merge.sources.append((pattern, f"{prefix}.weight"))
         return True
 
     def _check_stack(self, target: str, stack: Stack) -> None:
@@ -154,6 +158,8 @@ class _Planner:
             parts = self.form.expected(stack.names[0], rows, columns).items()
             stacked = {last: want.stacked(count) for last, want in parts if last in ("codes", "scales", "zeros")}
             self._check_parts(stack.names[0], stacked, False)
+        elif self._miscounted(target, stack.merge):
+            return
         elif problem := stack.problem():
             self.problems.append(f"{stack.names[0]} and others are quantized, but the model {problem} {target}")
         else:
@@ -166,23 +172,62 @@ class _Planner:
         if target not in self.state:
             self._unexpected(name)
         elif pattern is not None:
+            self._check_plain(name, self.files.entries[name], self.state[target], None)
             merge = self.made.merges.get(target) or self.names.merge(target, pattern)
             merge.sources.append((pattern, name))
             self.made.merges[target] = merge
         elif target in self.made.plain:
             self.problems.append(f"{name} and {self.made.plain[target]} are both for {target}")
         else:
-            self._check_plain(name, self.files.entries[name], self.state[target])
+            self._check_plain(name, self.files.entries[name], self.state[target], self.state[target].shape)
             self.made.plain[target] = name
 
-    def _check_plain(self, name: str, entry: Entry, like: Tensor) -> None:
+    def _check_plain(self, name: str, entry: Entry, like: Tensor, shape: tuple[int, ...] | None) -> None:
+        """Against the parameter that it is (a part of); `shape` None: any."""
         if like.dtype.is_floating_point:
             fits = entry.dtype.is_floating_point and entry.dtype.itemsize > 1
         else:
             fits = entry.dtype == like.dtype
-        if entry.shape != tuple(like.shape) or not fits:
-            expected = f"{str(like.dtype).removeprefix('torch.')} {list(like.shape)}"
+        if not fits or entry.shape != (entry.shape if shape is None else tuple(shape)):
+            expected = str(like.dtype).removeprefix("torch.") + ("" if shape is None else f" {list(shape)}")
             self.problems.append(f"{name} is {entry}, expected {expected}")
+
+    def _miscounted(self, target: str, merge: Merge) -> bool:
+        """Whether the tensors of experts are not those that the model has; they are named."""
+        if self.state[target].dim() != 3:
+            return False
+        count = len(self.state[target])
+        missing, extra = merge.miscounted(count)
+        self.problems += [f"{name} is missing: the model has {count} experts in {target}" for name in missing]
+        self.problems += [f"{name} is unexpected: the model has {count} experts in {target}" for name in extra]
+        return bool(missing or extra)
+
+    def _check_merge(self, target: str, merge: Merge) -> None:
+        """Make the parameters of tensors without values, and see whether they are the model's."""
+        if self._miscounted(target, merge):
+            return
+        entries = self.files.entries
+        for pattern in dict.fromkeys(pattern for pattern, _ in merge.sources):
+            names = [name for each, name in merge.sources if each == pattern]
+            [(usual, _)] = Counter(entries[name].shape for name in names).most_common(1)
+            odd = [name for name in names if entries[name].shape != usual]
+            self.problems += [f"{name} is {entries[name]}, and {list(usual)} beside it" for name in odd]
+            if odd:
+                return
+
+        def empty(name: str) -> Tensor:
+            return torch.empty(entries[name].shape, dtype=entries[name].dtype, device="meta")
+
+        parts = f"made of {len(merge.sources)} tensors from {merge.sources[0][1]} on"
+        try:
+            made = merge.make(self.model, empty)
+        except Exception as error:  # noqa: BLE001 - transformers' conversions raise what torch does
+            self.problems.append(f"{target} cannot be {parts}: {first_line(error)}")
+            return
+        for name, value in made.items():
+            expected = list(self.state[name].shape) if name in self.state else "no such tensor"
+            if list(value.shape) != expected:
+                self.problems.append(f"{name}, {parts}, has the shape {list(value.shape)}, expected {expected}")
 
     def _unexpected(self, name: str) -> None:
         if not self.names.unused(name):

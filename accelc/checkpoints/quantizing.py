@@ -16,9 +16,10 @@ from accelc.checkpoints.plan import Plan, make_plan
 from accelc.checkpoints.skeleton import skeleton
 from accelc.ir.errors import CheckpointError, CheckpointFormatError, OptionValueError
 from accelc.ir.quantized import Scheme
-from accelc.ir.rounding import all_finite
+from accelc.ir.rounding import all_finite, check_scales
 from accelc.passes.quantize.methods import CALIBRATED, METHODS
 from accelc.passes.quantize.patterns import selected
+from accelc.passes.quantize_weights import NONE, head_scheme, is_automatic, parse_scheme
 from accelc.quantized_linear import QuantizedModule
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def load_quantized(
     source: str | Path,
     scheme: str = "int4",
     *,
-    head: str = "int8",
+    head: str = "",
     method: str = "rtn",
     include: str = "*",
     exclude: str = "",
@@ -37,12 +38,36 @@ def load_quantized(
     """The transformers causal LM of a directory with float safetensors weights, its linears quantized as they are read.
 
     The options mean what they do in `accelc.passes.quantize_weights.QuantizeWeights`: ``scheme`` of all linears but
-    the head's, ``head`` ("" as the others, "none" leaves it), ``method``, and ``include`` and ``exclude``, patterns of
-    weight names separated by commas. An embedding tied to the head reads its codes, unless it does more than look up.
-    `dtype` is that of the parts that are not quantized, default: the configuration's.
+    the head's, ``head`` ("": int8 with int4, else as the others), "none" for either that stays as it is, ``method``,
+    and ``include`` and ``exclude``, patterns of weight names separated by commas. An embedding tied to the head reads
+    its codes, unless it does more than look up. `dtype` is that of the parts that are not quantized, default: the
+    configuration's. Stacks of experts stay floats, with a warning, and chosen groups ("int4:auto") are not made: only a
+    program tells how a stack is multiplied by, and what groups cost it. `accelc.compile(directory, quantize=...)` does
+    both.
 
-    Raises CheckpointError, CheckpointFormatError (it is quantized already), OptionValueError, InputError (scheme).
+    Raises CheckpointError, CheckpointFormatError (it is quantized already), OptionValueError, InputError (scheme,
+    weights that are not finite).
     """
+    model = quantize_linears(source, scheme, head=head, method=method, include=include, exclude=exclude, dtype=dtype)
+    if stacks := _stacks(model):
+        log.warning(
+            "%d stacks of matrices stay floats, the first: %s; accelc.compile(%r, quantize=...) quantizes them too",
+            len(stacks), stacks[0], str(source),
+        )  # fmt: skip
+    return model
+
+
+def quantize_linears(
+    source: str | Path,
+    scheme: str,
+    *,
+    head: str = "",
+    method: str = "rtn",
+    include: str = "*",
+    exclude: str = "",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """What `load_quantized` does, without a warning of what is left to do."""
     path = Path(source)
     if quantization_of(path) is not None:
         raise CheckpointFormatError(f"the model in {path} is quantized already", remedy="Load it as it is.")
@@ -51,7 +76,7 @@ def load_quantized(
         if method in CALIBRATED:
             remedy += f" {method} needs text: accelc.compile(path, quantize=QuantizeWeights(...))."
         raise OptionValueError(f"no method {method!r} while a directory is read", remedy=remedy)
-    schemes = {"body": Scheme.parse(scheme), "head": None if head == "none" else Scheme.parse(head or scheme)}
+    schemes = {"body": _scheme(scheme), "head": _scheme(head_scheme(scheme, head))}
     files = TensorFiles.of(path)
     model = skeleton(path, dtype)
     plan = make_plan(model, files, None)
@@ -73,18 +98,27 @@ def load_quantized(
         weight = as_matrix(module, files.read(tensor))
         if not all_finite(weight):
             raise CheckpointError(f"the weight {tensor} holds NaN or infinite values", remedy="Repair the checkpoint.")
+        codes = METHODS[method](weight, chosen)
+        check_scales(tensor, codes)
         bias_name = plan.plain.pop(f"{module_path}.bias", None)
         bias = None if bias_name is None else fitted(files.read(bias_name), module.bias)  # type: ignore[arg-type]
-        made = quantized(module, METHODS[method](weight, chosen), bias)
+        made = quantized(module, codes, bias)
         put(model, module_path, made)
         _settle(model, plan, target, made)
     load_rest(model, files, plan)
-    if stacks := _stacks(model):
-        log.warning(
-            "%d stacks of matrices stay floats, the first: %s; accelc.compile(path, quantize=...) quantizes them too",
-            len(stacks), stacks[0],
-        )  # fmt: skip
     return model
+
+
+def _scheme(text: str) -> Scheme | None:
+    """The scheme that a text means, None for none. Raises InputError, OptionValueError."""
+    if text == NONE:
+        return None
+    if is_automatic(text):
+        raise OptionValueError(
+            f"{text!r} while a directory is read: groups are chosen where the whole program is known",
+            remedy="Use accelc.compile(directory, quantize=...), or give a group.",
+        )
+    return parse_scheme(text)
 
 
 def _stacks(model: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from accelc.checkpoints.accelc import Accelc
 from accelc.checkpoints.files import INDEX
-from accelc.ir.errors import CheckpointError
+from accelc.ir.errors import CheckpointError, InputError
 from accelc.quantized_linear import QuantizedModule
 
 SHARD = 4 << 30
@@ -33,15 +33,23 @@ def save_quantized(
     "accelc" (`accelc.checkpoints.accelc`), safetensors files of at most `shard` bytes, and the tokenizer files of
     `source`, default: the directory that the model came from.
 
-    Files appear when all are written. Raises CheckpointError: no quantized module, no configuration, a directory that
-    holds weights already. InputError: scales in a dtype that no scheme has.
+    Files appear when all are written. Raises CheckpointError: no quantized module, no configuration, weights on the
+    meta device, a file in the directory's place or a directory that holds weights already. InputError: scales in a
+    dtype that no scheme has, a `shard` that is no number of bytes.
     """
     path = Path(directory)
+    if isinstance(shard, bool) or not isinstance(shard, int) or shard < 1:
+        raise InputError(f"shard is {shard!r}", remedy="Give the bytes that a file may have, such as 4 << 30.")
     config: Any = getattr(model, "config", None)
     schemes = {name: m.stored_scheme() for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
     if not schemes or not hasattr(config, "save_pretrained"):
         lacking = "no quantized module" if hasattr(config, "save_pretrained") else "no transformers configuration"
         raise CheckpointError(f"{type(model).__name__} has {lacking}", remedy="Save what load_quantized returns.")
+    on_meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if on_meta:
+        raise CheckpointError(f"{on_meta[0]} is on the meta device and has no values", remedy="Load the weights first.")
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file", remedy="Give a new directory.")
     if any(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} holds weights already", remedy="Give a new directory.")
     form = Accelc(schemes)

@@ -5,6 +5,7 @@ such as rotary frequencies, in memory.
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,24 @@ def skeleton(path: Path, dtype: torch.dtype | None) -> nn.Module:
     `dtype` None takes the configuration's own, or float32. Parameters that transformers keeps in float32 are so here.
     Raises CheckpointError.
     """
+    model = _described(path, dtype, UninitialisedOnMeta())
+    _widen(model)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def outline(path: Path) -> nn.Module:
+    """The same model without any values, for its names and shapes. Raises CheckpointError."""
+    return _described(path, None, torch.device("meta"))  # type: ignore[no-any-return]
+
+
+def _described(path: Path, dtype: torch.dtype | None, making: AbstractContextManager[Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # transformers' own quantizers have no part in this
-        with UninitialisedOnMeta():
+        with making:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
         if (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
@@ -48,8 +60,7 @@ def skeleton(path: Path, dtype: torch.dtype | None) -> nn.Module:
             f"no model can be made of {path / 'config.json'}: {type(error).__name__}: {first_line(error)[:300]}",
             remedy="It must be the configuration of a causal language model that transformers knows.",
         ) from error
-    _widen(model)
-    return model.eval()  # type: ignore[no-any-return]
+    return model
 
 
 def _widen(model: Any) -> None:

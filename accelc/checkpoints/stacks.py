@@ -36,9 +36,9 @@ def read_stack(model: nn.Module, files: TensorFiles, form: Format, target: str, 
             )
         return made
 
-    codes = merged({name: matrix.codes for name, matrix in matrices.items()})
-    scales = merged({name: matrix.scales for name, matrix in matrices.items()})
-    zeros = {name: matrix.zeros for name, matrix in matrices.items() if matrix.zeros is not None}
+    codes = merged({f"{name}.weight": matrix.codes for name, matrix in matrices.items()})
+    scales = merged({f"{name}.weight": matrix.scales for name, matrix in matrices.items()})
+    zeros = {f"{name}.weight": matrix.zeros for name, matrix in matrices.items() if matrix.zeros is not None}
     return QuantizedWeight(first.scheme, codes, scales, merged(zeros) if zeros else None, *stack.shape[1:])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -125,6 +126,16 @@ def is_module_tensor(node: fx.Node) -> bool:
     """Whether a placeholder of a dynamo graph is a parameter or buffer of a module, not a tensor that a user passes."""
     tensor_dict = node.meta.get("tensor_dict") or {}
     return tensor_dict.get("_dynamo_static_input_type") == "unguarded"
+
+
+def module_path(node: fx.Node) -> str:
+    """The name that a parameter or buffer, a placeholder of a dynamo graph, has in its module, as in ``state_dict``;
+    "" where that cannot be told.
+    """
+    source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    text = source() if callable(source) else str(source)  # a property since torch 2.12
+    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", text)
+    return ".".join(parts)
 
 
 def with_attributes(gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:

@@ -66,7 +66,7 @@ class Scheme:
                 name, value = "scale_dtype", SCALES[part]
             elif part in ("sym", "asym"):
                 name, value = "symmetric", part == "sym"
-            elif part == "row" or re.fullmatch(r"g[0-9]+", part):
+            elif part == "row" or re.fullmatch(r"g[1-9][0-9]*", part):
                 name, value = "group", 0 if part == "row" else int(part[1:])
             else:
                 raise InputError(f"unknown part {part!r} of the quantization scheme {text!r}", remedy=_CHOICES)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from accelc.ir.errors import InputError
 from accelc.ir.quantized import LANES, QuantizedWeight, Scheme, by_group, nearest
 
 CHUNK = 1 << 18
@@ -39,6 +40,21 @@ def round_to_nearest(
 def all_finite(weight: Tensor) -> bool:
     """Whether no value is NaN or infinite. (`isfinite().all()` takes 30 times as long in bf16.)"""
     return not weight.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight))
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise InputError for a weight with values that no code can stand for."""
+    if not all_finite(weight):
+        raise InputError(f"the weight {name} holds NaN or infinite values", remedy="Repair the checkpoint.")
+
+
+def check_scales(name: str, made: QuantizedWeight) -> None:
+    """Raise InputError for a quantized weight whose scales or zeros are not finite in the scheme's dtype."""
+    if not all(all_finite(part) for part in (made.scales, made.zeros) if part is not None):
+        raise InputError(
+            f"the weight {name} is too large for scales in {str(made.scales.dtype).removeprefix('torch.')}",
+            remedy="Take scales in bf16 or fp32, such as int4:fp32.",
+        )
 
 
 @torch.library.custom_op("accelc::round_weight", mutates_args=())

@@ -10,6 +10,7 @@ and for a tolerated loss the budget is corrected by what was measured.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,11 @@ from accelc.ir import Program
 from accelc.ir.errors import InputError
 from accelc.ir.program import store
 from accelc.ir.quantized import Scheme
-from accelc.passes.quantize.calibration import Calibration, step_inputs
+from accelc.passes.quantize.calibration import Calibration, check_calibration, step_inputs
 from accelc.passes.quantize.granularity import Option, bits_of, relative_error, spend
 from accelc.passes.quantize.methods import METHODS
 from accelc.passes.quantize.products import Matrix, find_matrices
-from accelc.passes.quantize_weights import QuantizeWeights
+from accelc.passes.quantize_weights import QuantizeWeights, nothing_left
 
 SCHEMES = ("int4:g256", "int4:g128", "int4:g64", "int4:g32", "int8:row", "int8:g32")
 """What is chosen from."""
@@ -101,13 +102,17 @@ def plan_quantization(
     """Choose a scheme for each weight of a float step: the least loss within `max_bytes` for all weights together, or
     the fewest bytes with at most `max_loss` nats a token lost on the calibration text.
 
-    Runs the program once for each weight. Raises InputError unless exactly one budget is given, or when even the
-    cheapest schemes need more bytes, or the best lose more.
+    Runs the program once for each weight. Raises InputError unless exactly one budget is given, as a positive number,
+    for schemes that there are not and programs without float weights, or when even the cheapest schemes need more
+    bytes, or the best lose more.
     """
-    if (max_bytes is None) == (max_loss is None):
-        raise InputError("a plan needs one budget", remedy="Give max_bytes, or max_loss.")
+    check_calibration(calibration)
+    _check_budgets(max_bytes, max_loss)
+    schemes = _checked(schemes)
     report = progress or (lambda what, done, total: None)
     matrices = {path: m for path, m in find_matrices(program).items() if m.products and not m.router}
+    if not matrices:
+        raise InputError("no weight is left to plan for", remedy=nothing_left(program, matrices))
     exact = list(_log_probabilities(program, calibration))
     sensitivities = {}
     for index, (path, matrix) in enumerate(matrices.items()):
@@ -129,6 +134,22 @@ def plan_quantization(
         for p, m in matrices.items()
     )  # fmt: skip
     return QuantizationPlan(choices, sum(c.loss for c in choices), measured)
+
+
+def _check_budgets(max_bytes: object, max_loss: object) -> None:
+    budgets = {name: value for name, value in (("max_bytes", max_bytes), ("max_loss", max_loss)) if value is not None}
+    if len(budgets) != 1:
+        raise InputError("a plan needs one budget", remedy="Give max_bytes, or max_loss.")
+    [(name, value)] = budgets.items()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{name} is {value!r}", remedy="Give a number above 0.")
+
+
+def _checked(schemes: Sequence[str]) -> list[str]:
+    """Schemes that are there, each once."""
+    if isinstance(schemes, str) or not isinstance(schemes, Sequence) or not schemes:
+        raise InputError(f"schemes is {schemes!r}", remedy=f"Give a list of them, such as {list(SCHEMES)}.")
+    return list(dict.fromkeys(str(Scheme.parse(text)) for text in schemes))
 
 
 def _within(

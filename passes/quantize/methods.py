@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from accelc.ir import Program
+from accelc.ir.errors import InputError
 from accelc.ir.quantized import QuantizedWeight, Scheme
-from accelc.ir.rounding import round_to_nearest
+from accelc.ir.rounding import all_finite, check_scales, round_to_nearest
 from accelc.passes.quantize.calibration import Calibration, Rows, run_calibrated
 from accelc.passes.quantize.gptq import gptq
 from accelc.passes.quantize.half_quadratic import half_quadratic
@@ -32,10 +33,16 @@ def calibrated(
 
     def made(matrix: Matrix, product: Product, pieces: Sequence[Rows]) -> QuantizedWeight:
         weight, scheme = matrix.weight(program), schemes[matrix.path]
+        if not all(all_finite(piece.x) for piece in pieces):
+            raise InputError(
+                f"what enters the product with {matrix.path} holds NaN or infinite values on the calibration text",
+                remedy="Look for the cause with the float model; fp16 overflows where bf16 does not.",
+            )
         if pieces[0].ends is None:
             done[matrix.path] = gptq(weight, second_moment([piece.x for piece in pieces]), scheme)
         else:
             done[matrix.path] = _by_expert(weight, pieces, scheme)
+        check_scales(matrix.path, done[matrix.path])
         return done[matrix.path]
 
     run_calibrated(program, matrices, text, made)

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Collection
 
 from accelc.ir.errors import OptionValueError
 
+log = logging.getLogger(__name__)
 
-def selected(names: Collection[str], include: str, exclude: str, *, where: str = "") -> list[str]:
+
+def selected(names: Collection[str], include: str, exclude: str, *, where: str = "", needed: bool = True) -> list[str]:
     """The names that a pattern of `include` matches and none of `exclude`, in their order; patterns are separated by
-    commas. Raises OptionValueError for one that matches nothing.
+    commas. Raises OptionValueError for one that matches nothing (see `matching`).
     """
-    wanted, unwanted = (
-        {name for pattern in patterns.split(",") if pattern.strip() for name in matching(pattern, names, where=where)}
-        for patterns in (include, exclude)
-    )
-    return [name for name in names if name in wanted - unwanted]
+
+    def named(patterns: str) -> set[str]:
+        each = filter(str.strip, patterns.split(","))
+        return {name for pattern in each for name in matching(pattern, names, where=where, needed=needed)}
+
+    wanted = named(include) - named(exclude)
+    return [name for name in names if name in wanted]
 
 
-def matching(pattern: str, names: Collection[str], *, where: str = "") -> list[str]:
-    """The names that one pattern (`fnmatch`) matches. Raises OptionValueError for none, unless it is "*"."""
+def matching(pattern: str, names: Collection[str], *, where: str = "", needed: bool = True) -> list[str]:
+    """The names that one pattern (`fnmatch`) matches. Raises OptionValueError for none, unless it is "*"; where it is
+    not `needed`, because the names are a part of all there are, that is logged as a warning.
+    """
     found = fnmatch.filter(names, pattern.strip())
-    if not found and pattern.strip() != "*":
+    if not found and pattern.strip() != "*" and not needed:
+        log.warning("accelc: the pattern %r matches no weight of a graph, which has %s", pattern.strip(),
+                    ", ".join(list(names)[:4]) or "none")  # fmt: skip
+    elif not found and pattern.strip() != "*":
         raise OptionValueError(
             f"the pattern {pattern.strip()!r} matches no weight of a linear or embedding",
             where=where,

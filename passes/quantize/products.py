@@ -30,13 +30,31 @@ ATTENTION = {torch.ops.accelc.attention.default, torch.ops.accelc.full_attention
 
 @dataclass(frozen=True)
 class Product:
-    """A node that multiplies rows ``x`` [..., K] by a weight: y = x W^T (+ bias [N])."""
+    """A node that multiplies rows ``x`` [..., K] by a weight: y = x W^T (+ bias [N]).
+
+    Operands are given by their places among the node's arguments: what is there changes when other nodes are replaced.
+    """
 
     node: fx.Node
     kind: Kind
-    x: fx.Node
-    bias: fx.Node | None = None
-    ends: fx.Node | None = None
+    x_place: int = 0
+    bias_place: int | None = None
+    ends_place: int | None = None
+
+    @property
+    def x(self) -> fx.Node:
+        """The rows."""
+        return self.node.args[self.x_place]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """What is added to each row of the result, if anything is."""
+        return None if self.bias_place is None else self.node.args[self.bias_place]  # type: ignore[return-value]
+
+    @property
+    def ends(self) -> fx.Node | None:
+        """Where the rows of each expert end, if they are sorted by expert."""
+        return None if self.ends_place is None else self.node.args[self.ends_place]  # type: ignore[return-value]
 
 
 @dataclass
@@ -140,18 +158,18 @@ def product_of(node: fx.Node, weight: fx.Node) -> Product | None:
     args, target = node.args, node.target
     rank = len(weight.meta["val"].shape) if "val" in weight.meta else _rank(weight)
     if target is aten.linear.default and args[1] is weight and rank == 2:
-        return Product(node, "linear", args[0], args[2] if len(args) > 2 else None)  # type: ignore[arg-type]
+        return Product(node, "linear", bias_place=2 if len(args) > 2 else None)
     if target is aten.addmm.default and args[2] is weight and not node.kwargs:
         bias = args[0].meta.get("val") if isinstance(args[0], fx.Node) else None  # type: ignore[union-attr]
         flat = bias.dim() == 1 if isinstance(bias, Tensor) else _rank(args[0]) == 1  # type: ignore[arg-type]
-        return Product(node, "linear", args[1], args[0]) if flat else None  # type: ignore[arg-type]
+        return Product(node, "linear", x_place=1, bias_place=0) if flat else None
     if target in (aten.mm.default, aten.matmul.default) and args[1] is weight and rank == 2:
-        return Product(node, "linear", args[0])  # type: ignore[arg-type]
+        return Product(node, "linear")
     if target is aten.bmm.default and args[1] is weight:
-        return Product(node, "batched", args[0])  # type: ignore[arg-type]
+        return Product(node, "batched")
     named = target.name().split(".")[0] in GROUPED
     if named and rank == 3 and args[1] is weight and len(args) == 3 and not any(node.kwargs.values()):
-        return Product(node, "grouped", args[0], ends=args[2])  # type: ignore[arg-type]
+        return Product(node, "grouped", ends_place=2)
     return None
 
 

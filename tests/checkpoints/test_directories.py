@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, Expect, names
+from models import library
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accelc.capture import load_model
-from accelc.checkpoints import load_checkpoint, load_quantized, quantization_of
+from accelc.checkpoints import load_checkpoint, load_quantized, quantization_of, save_quantized
 from accelc.checkpoints.files import TensorFiles
 from accelc.ir.errors import CheckpointError, CheckpointFormatError
 
@@ -33,11 +35,11 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def edit(directory: Path, change: Change) -> None:
+def edit(directory: Path, change: Change, metadata: dict[str, str] | None = None) -> None:
     tensors = load_file(directory / "model.safetensors")
     tensors = {name: t.clone() for name, t in tensors.items()}
     change(tensors)
-    save_file(tensors, directory / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors", metadata)
 
 
 def settings(directory: Path, **changed: Any) -> None:
@@ -84,7 +86,14 @@ EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1"
     [
         (lambda t: t.pop(f"{EXPERT}.scales"), r"experts\.1\.w1\.scales is missing"),
         (lambda t: t.update({f"{EXPERT}.scales": torch.ones(3, 3)}), r"experts\.1\.w1\.scales is float32 \[3, 3\]"),
-        (lambda t: [t.pop(n) for n in list(t) if n.startswith(EXPERT)], r"as many of each of its 4 experts .*gate_up"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if n.startswith(EXPERT)],
+            r"experts\.1\.w1\.weight is missing: the model has 4 experts in .*gate_up_proj",
+        ),
+        (
+            lambda t: t.update({n.replace("ts.1", "ts.4"): x.clone() for n, x in t.items() if n.startswith(EXPERT)}),
+            r"experts\.4\.w1\.weight is unexpected: the model has 4 experts",
+        ),
         (lambda t: [t.pop(n) for n in list(t) if "layers.0.block_sparse_moe.experts" in n], r"experts\.\w+ is missing"),
         (lambda t: t.update({f"{EXPERT}.bias": torch.ones(96)}), r"experts\.1\.w1\.bias .*is unexpected"),
     ],
@@ -195,6 +204,80 @@ def test_loading_what_is_or_is_not_quantized_the_other_way(directory: Path, tmp_
     FAMILIES["llama"].build().save_pretrained(tmp_path / "float")
     with pytest.raises(CheckpointFormatError, match="not quantized"):
         load_checkpoint(tmp_path / "float")
+
+
+ATTENTION = "model.layers.1.self_attn.q_proj"
+EXPERTS = "model.layers.0.block_sparse_moe.experts"
+
+
+@pytest.mark.parametrize("load", [load_model, load_quantized])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t.pop(f"{ATTENTION}.weight"), r"q_proj\.weight is missing, expected a tensor of shape \[64, 64\]"),
+        (lambda t: t.update({f"{ATTENTION}.weight": torch.ones(64, 65)}), r"q_proj\.weight is float32 \[64, 65\]"),
+        (lambda t: t.update({f"{ATTENTION}.weight": torch.ones(64, 64, dtype=torch.int32)}),
+         r"q_proj\.weight is int32 \[64, 64\] in model\.safetensors, expected float32 \[64, 64\]"),
+        (lambda t: t.update({f"{ATTENTION}.bias": torch.ones(64)}), r"q_proj\.bias .*is unexpected"),
+        (lambda t: t.pop(f"{EXPERTS}.2.w3.weight"), r"experts\.2\.w3\.weight is missing: the model has 4 experts"),
+        (lambda t: [t.pop(f"{EXPERTS}.{i}.w3.weight") for i in range(4)], r"experts\.3\.w3\.weight is missing"),
+        (lambda t: t.update({f"{EXPERTS}.4.w1.weight": torch.ones(96, 64)}), r"experts\.4\.w1\.weight is unexpected"),
+        (lambda t: t.update({f"{EXPERTS}.1.w1.weight": torch.ones(95, 64)}), r"1\.w1\.weight is .*\[95, 64\].* beside"),
+        (lambda t: [t.update({f"{EXPERTS}.{i}.w1.weight": torch.ones(95, 64)}) for i in range(4)],
+         r"gate_up_proj, made of 8 tensors .* has the shape \[4, \d+, 64\], expected \[4, \d+, 64\]"),
+        (lambda t: [t.update({f"{EXPERTS}.{i}.w1.weight": torch.ones(96, 65)}) for i in range(4)],
+         r"gate_up_proj cannot be made of 8 tensors from .*experts\.0\.w1\.weight on: "),
+        (lambda t: t.update({f"{EXPERTS}.1.w1.weight": torch.ones(96, 64).to(torch.int8)}), r"1\.w1\.weight is int8"),
+    ],
+)  # fmt: skip
+def test_floats_that_do_not_fit_are_named(
+    load: Callable[[Path], Any], change: Callable[[dict[str, Tensor]], Any], text: str, tmp_path: Path
+) -> None:
+    """transformers would make up what is missing, and leave out what is not."""
+    FAMILIES["mixtral"].build().save_pretrained(tmp_path)
+    load(tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(CheckpointError, match=text):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("family", [name for name in names(Expect.DERIVED) if name in library.LIBRARY])
+def test_every_family_is_loaded_as_it_was_saved(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family].build()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_codes_are_not_taken_for_floats_nor_floats_for_codes(tmp_path: Path) -> None:
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "float")
+    path = tmp_path / "own"
+    save_quantized(load_quantized(tmp_path / "float"), path)
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for last in ("codes", "scales"):
+            del tensors[f"{ATTENTION}.{last}"]
+        tensors[f"{ATTENTION}.weight"] = torch.ones(64, 64)
+
+    edit(path, lambda tensors: None)
+    with pytest.raises(CheckpointError, match=r"headers of the files lack 'accelc\.schemes'"):
+        load_model(path)
+    edit(path, change, metadata)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight \(float32 .*\) is in place of the codes of .*q_proj"):
+        load_model(path)
+    config = json.loads((path / "config.json").read_text())
+    for given, text in (
+        (None, "hold quantized weights, and its config.json has no quantization_config"),
+        ("accelc", "quantization_config is 'accelc', no object"),
+        ([4], r"quantization_config is \[4\], no object"),
+    ):
+        (path / "config.json").write_text(json.dumps({**config, "quantization_config": given}))
+        with pytest.raises(CheckpointError, match=text):
+            load_model(path)
 
 
 def test_no_model_can_be_made_of_the_configuration(directory: Path) -> None:

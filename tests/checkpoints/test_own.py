@@ -53,9 +53,14 @@ def test_options_choose(llama: tuple[torch.nn.Module, Path]) -> None:
     made = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert made == {"q_proj", "gate_proj", "up_proj"}
     assert model.lm_head.weight.dtype is torch.bfloat16
+    head = load_quantized(path, "none", head="int4:g32")
+    assert [name for name, m in head.named_modules() if isinstance(m, QuantizedLinear)] == ["lm_head"]
+    assert str(load_quantized(path, "int8:g32").lm_head.scheme) == "int8:g32"
+    assert str(load_quantized(path, "int4:g32").lm_head.scheme) == "int8:row"
     for options, error, text in (
         ({"include": "*no_such*"}, OptionValueError, "matches no weight"),
         ({"scheme": "int5"}, InputError, "int4"),
+        ({"scheme": "int4:auto"}, OptionValueError, r"accelc\.compile"),
         ({"method": "magic"}, OptionValueError, "hqq"),
         ({"method": "awq"}, OptionValueError, r"accelc\.compile"),
         ({"exclude": "*"}, OptionValueError, "no weight is left"),
@@ -153,8 +158,18 @@ def test_what_cannot_be_saved(llama: tuple[torch.nn.Module, Path], tmp_path: Pat
     reference, path = llama
     with pytest.raises(CheckpointError, match="no quantized module"):
         save_quantized(reference, tmp_path / "new")
+    model = load_quantized(path)
     with pytest.raises(CheckpointError, match="holds weights already"):
-        save_quantized(load_quantized(path), path)
+        save_quantized(model, path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        save_quantized(model, tmp_path / "file")
+    for shard in ("5GB", 0, 1.5, True):
+        with pytest.raises(InputError, match="shard is"):
+            save_quantized(model, tmp_path / "new", shard=shard)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="meta device"):
+        save_quantized(model.to("meta"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_configuration_of_other_schemes_is_refused(llama: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:

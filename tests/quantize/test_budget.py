@@ -16,6 +16,7 @@ from accelc.passes import Pipeline
 from accelc.passes.quantize.budget import QuantizationPlan, plan_quantization
 from accelc.passes.quantize.calibration import Calibration
 from accelc.passes.quantize.granularity import Option, spend
+from accelc.passes.quantize_weights import QuantizeWeights
 from accelc.pipeline import step_pipeline
 
 
@@ -74,11 +75,50 @@ def test_plans_are_files(step: Program, text: Calibration, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "match"),
     [({}, "one budget"), ({"max_bytes": 1.0, "max_loss": 1.0}, "one budget"), ({"max_bytes": 10.0}, "at least"),
-     ({"max_loss": 1e-12}, "finest")],
+     ({"max_loss": 1e-12}, "finest"), ({"max_loss": float("nan")}, "max_loss is nan"), ({"max_bytes": 0}, "above 0"),
+     ({"max_bytes": float("nan")}, "max_bytes is nan"), ({"max_bytes": "1MB"}, "max_bytes is '1MB'"),
+     ({"max_loss": float("inf")}, "max_loss is inf"), ({"max_bytes": True}, "max_bytes is True"),
+     ({"max_bytes": 1e6, "schemes": []}, r"schemes is \[\]"),
+     ({"max_bytes": 1e6, "schemes": "int4"}, "schemes is 'int4'"),
+     ({"max_bytes": 1e6, "schemes": ["int5"]}, "unknown quantization scheme 'int5'"),
+     ({"max_bytes": 1e6, "calibration": torch.zeros(2, 8).long()}, r"calibration is a Tensor[\s\S]*of_text")],
 )  # fmt: skip
 def test_budgets_that_cannot_be_kept_are_named(step: Program, text: Calibration, options: dict, match: str) -> None:
     with pytest.raises(InputError, match=match):
-        plan_quantization(step, text, **options)
+        plan_quantization(step, **{"calibration": text, **options})
+
+
+def test_a_quantized_program_has_nothing_to_plan(step: Program, text: Calibration) -> None:
+    made = Pipeline([QuantizeWeights("int8")]).run(step)
+    with pytest.raises(InputError, match=r"no weight is left to plan for[\s\S]*quantized already"):
+        plan_quantization(made, text, max_bytes=1e6)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"ids": "some text"}, "a text, not token ids"),
+        ({"ids": [0.5, 1.0, 2.0]}, r"float32 \[3\]"),
+        ({"ids": [True, False, True]}, r"bool \[3\]"),
+        ({"ids": object()}, "of type object"),
+        ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, r"int64 \[2, 3\]"),
+        ({"ids": [1]}, "of 1 tokens"),
+        ({"ids": []}, "of 0 tokens"),
+        ({"ids": range(9), "length": 0}, "length is 0"),
+        ({"ids": range(9), "length": -5}, "length is -5"),
+        ({"ids": range(9), "rows": 0}, "rows is 0"),
+        ({"ids": range(9), "rows": 1.5}, "rows is 1.5"),
+    ],
+)
+def test_texts_that_calibrate_nothing_are_named(given: dict, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        Calibration.of_text(**given)
+
+
+@pytest.mark.parametrize("ids", [list(range(9)), range(9), torch.arange(9)[None], torch.arange(9, dtype=torch.int32)])
+def test_texts_are_cut_into_pieces(ids: object) -> None:
+    made = Calibration.of_text(ids, rows=2, length=4)  # type: ignore[arg-type]
+    assert made.tokens.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
 
 
 def test_spending_is_as_good_as_trying_everything() -> None:

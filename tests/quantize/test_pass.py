@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -245,11 +246,16 @@ def test_scales_move_from_norms_to_weights_and_change_nothing_but_the_rounding(f
         ({"scheme": "int4:sym:asym"}, InputError, "its symmetry twice"),
         ({"scheme": "int8:row:fp16:bf16"}, InputError, "its dtype of scales twice"),
         ({"include": "*no_such*"}, OptionValueError, "matches no weight"),
-        ({"scheme": "int5"}, InputError, "int4"),
+        ({"scheme": "int5"}, InputError, r"int4:auto lets .* none leaves"),
+        ({"scheme": "int4:auto:g32"}, InputError, "its group twice"),
+        ({"scheme": "int4:auto:auto"}, InputError, "its group twice"),
+        ({"consume": "yes"}, OptionValueError, "consume is 'yes'"),
+        ({"method": "gptq", "calibration": torch.zeros(2, 8, dtype=torch.int64)}, InputError, "Calibration.of_text"),
+        ({"calibration": [1, 2, 3]}, InputError, "Calibration.of_text"),
         ({"method": "magic"}, OptionValueError, "hqq"),
     ],
 )
-def test_bad_options_name_the_choices(options: dict[str, str], error: type[Exception], text: str) -> None:
+def test_bad_options_name_the_choices(options: dict[str, Any], error: type[Exception], text: str) -> None:
     step, _ = derived("llama")
     with pytest.raises(error, match=text):
         Pipeline([QuantizeWeights(**options)]).run(step)
@@ -262,6 +268,57 @@ def test_weights_that_are_no_numbers_are_named() -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj"):
         Pipeline([QuantizeWeights()]).run(step)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_weights_too_large_for_the_dtype_of_scales_are_named(method: str) -> None:
+    step, model = derived("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e8
+    text = Calibration(torch.randint(3, 90, (2, 8)))
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is too large for scales in float16"):
+        Pipeline([QuantizeWeights("int4:fp16", method=method, calibration=text)]).run(step)
+    Pipeline([QuantizeWeights("int4", method=method, calibration=text)]).run(step)
+
+
+def test_inputs_that_are_no_numbers_on_the_text_are_named() -> None:
+    step, model = derived("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("inf")
+    text = Calibration(torch.full((2, 8), 7))
+    with pytest.raises(InputError, match=r"what enters the product with .*layers\.0\.self_attn"):
+        Pipeline([QuantizeWeights("int4", method="gptq", calibration=text)]).run(step)
+
+
+def test_a_product_of_a_product_reads_the_new_one() -> None:
+    """One is replaced before the other, which must not go on reading what was there."""
+    torch.manual_seed(0)
+    model = Factors().eval()
+    step = step_pipeline().run(capture(model, max_length=32))
+    made = Pipeline([QuantizeWeights("int8:g32")]).run(step)
+    assert made.history[-1].matches == 3
+    assert float((logits(made) - logits(step)).abs().max()) < 0.05
+
+
+class Factors(torch.nn.Module):
+    """Logits by a weight of low rank, as the product of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(97, 64)
+        self.second = torch.nn.Linear(32, 64)
+        self.first = torch.nn.Linear(64, 32)
+        self.head = torch.nn.Linear(64, 97)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(self.embed(tokens))))  # type: ignore[no-any-return]
+
+
+def test_a_head_is_int8_with_int4_and_as_the_rest_otherwise() -> None:
+    step, _ = derived("llama")
+    for scheme, head in (("int4:g32", "int8:row"), ("int8:g32", "int8:g32"), ("none", "none")):
+        made = Pipeline([QuantizeWeights(scheme, overrides="*q_proj*=int8")]).run(step)
+        assert (f"head lm_head.weight: {head}" in made.history[-1].notes) is (head != "none")
 
 
 def test_a_guarantee_refuses_it() -> None:

@@ -98,7 +98,7 @@ def test_schemes_read_what_they_write(scheme: Scheme) -> None:
     assert Scheme.parse(str(scheme)) == scheme
 
 
-@pytest.mark.parametrize("text", ["int3", "int4:g33", "float8", "int4:g64:foo", "", "int8:g512"])
+@pytest.mark.parametrize("text", ["int3", "int4:g33", "float8", "int4:g64:foo", "", "int8:g512", "int4:g0"])
 def test_unknown_schemes_name_the_choices(text: str) -> None:
     with pytest.raises(InputError, match="g64"):
         Scheme.parse(text)

@@ -1,0 +1,52 @@
+"""From a directory with float weights to the transformers model that they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from accelc.checkpoints.accelc import SCHEMES
+from accelc.checkpoints.files import TensorFiles
+from accelc.checkpoints.plan import make_plan
+from accelc.checkpoints.skeleton import outline
+from accelc.ir.errors import CheckpointError, first_line
+
+
+def load_floats(path: Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """The transformers causal LM of directory `path`, in evaluation mode, every one of its weights from the files.
+
+    transformers gives random values to weights that it does not find, converts integers, and leaves out what it has no
+    place for; all of that is an error here. `dtype` default: that of the configuration or of the files.
+
+    Raises CheckpointError, with every tensor that does not fit, before any is read.
+    """
+    files = TensorFiles.of(path)
+    if SCHEMES in files.metadata:
+        raise CheckpointError(
+            f"the files in {path} hold quantized weights, and its config.json has no quantization_config",
+            remedy="Copy the config.json that save_quantized wrote.",
+        )
+    make_plan(outline(path), files, None)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"no model could be loaded from {path}: {type(error).__name__}: {first_line(error)}",
+                              remedy="The directory must hold a valid config.json and all weights as safetensors."
+                              ) from error  # fmt: skip
+    if problems := _problems(found):
+        raise CheckpointError(f"transformers did not load all weights of {path}: {problems}")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _problems(found: dict[str, Any]) -> str:
+    """What transformers says that it did not load, "" for nothing."""
+    kinds = ("missing_keys", "mismatched_keys", "error_msgs", "conversion_errors")
+    return "; ".join(f"{kind.replace('_', ' ')}: {found[kind]}" for kind in kinds if found.get(kind))
