@@ -44,6 +44,7 @@ _PLACES = {
     "SamplingParams": "accelc.runtime",
     "TokenRecycling": "accelc.runtime.speculation.token_recycling",
     "Tree": "accelc.runtime.speculation.trees",
+    "backend": "",
     "hf": "",
 }
 """Where the public names live. They are imported on first use: `torch.compile` finds the backend without the rest."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from accelc.ir.errors import InputError
+from accelc.ir.errors import InputError, TokenRangeError
 from accelc.ir.quantized import SCALES, QuantizedWeight, Scheme
 
 
@@ -78,6 +78,11 @@ class QuantizedLinear(QuantizedModule):
         return weight if self.order is None else weight.index_select(1, torch.argsort(self.order))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.columns:  # within the padding of its rows the product would not notice
+            raise InputError(
+                f"rows of {x.shape[-1]} for a quantized linear of {self.columns} columns",
+                remedy=f"Give x [..., {self.columns}].",
+            )
         if self.order is not None:
             x = torch.index_select(x, -1, self.order)
         return torch.ops.accelc.quantized_linear(  # type: ignore[no-any-return]
@@ -86,7 +91,9 @@ class QuantizedLinear(QuantizedModule):
 
 
 class QuantizedEmbedding(QuantizedModule):
-    """A look-up of ids [...] -> [..., K] in ``dtype`` by `accelc::quantized_embedding`."""
+    """A look-up of ids [...] -> [..., K] in ``dtype`` by `accelc::quantized_embedding`. On CPUs, when it is not
+    compiled, ids outside the table are a TokenRangeError.
+    """
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__(weight)
@@ -101,6 +108,11 @@ class QuantizedEmbedding(QuantizedModule):
         )
 
     def forward(self, ids: Tensor) -> Tensor:
+        if ids.numel() and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            lowest, highest = (int(extreme) for extreme in ids.aminmax())
+            if lowest < 0 or highest >= self.rows:  # rows of padding are there, and below 0 others
+                wrong = lowest if lowest < 0 else highest
+                raise TokenRangeError(f"the id {wrong} lies outside a quantized table of {self.rows} rows")
         return torch.ops.accelc.quantized_embedding(  # type: ignore[no-any-return]
             ids, self.codes, self.scales, self.zeros, self.scheme.bits, self.columns, self.dtype
         )

@@ -226,12 +226,12 @@ def head_scheme(scheme: str, head: str) -> str:
 
 def is_automatic(scheme: str) -> bool:
     """Whether a scheme's text leaves the group to the weights."""
-    return AUTO in scheme.split(":")[1:]
+    return AUTO in scheme.lower().split(":")[1:]
 
 
 def parse_scheme(text: str) -> Scheme:
     """The scheme that a text means, without what it says of choosing groups. Raises InputError."""
-    parts = text.split(":")
+    parts = text.lower().split(":")
     said = [part for i, part in enumerate(parts) if i == 0 or part != AUTO]
     try:
         scheme = Scheme.parse(":".join(said))

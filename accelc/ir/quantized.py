@@ -55,11 +55,10 @@ class Scheme:
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """The scheme that a text such as "int4:g64:asym" means."""
-        head, *parts = text.lower().split(":")
-        match = re.fullmatch(r"int([0-9]+)", head)
-        if match is None or int(match[1]) not in BITS:
+        head, *parts = text.lower().split(":") if isinstance(text, str) else [""]
+        if head not in ("int4", "int8"):
             raise InputError(f"unknown quantization scheme {text!r}", remedy=_CHOICES)
-        scheme = cls(4, 128) if match[1] == "4" else cls(8, 0, scale_dtype=torch.float32)
+        scheme = cls(4, 128) if head == "int4" else cls(8, 0, scale_dtype=torch.float32)
         said: dict[str, object] = {}
         for part in parts:
             if part in SCALES:

@@ -28,7 +28,11 @@ def round_to_nearest(
 
     `clip`: search the range of each group; else the full range is kept and every weight is within half a step of its
     value. `importance` [K], positive: how much a squared error in each column counts (the mean square of the inputs).
+    Raises InputError for another rank or dtype, and for a weight without elements.
     """
+    if weight.ndim < 2 or not weight.numel() or not weight.is_floating_point():
+        found = f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+        raise InputError(f"a weight to quantize is {found}", remedy="Give floating-point matrices [..., N, K].")
     codes, scales, zeros = round_weight(
         weight, scheme.bits, scheme.group, scheme.symmetric, scheme.scale_dtype,
         list(SHRINK[scheme.bits]) if clip else [], importance,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from accelc.ir.errors import InputError
+from accelc.ir.errors import InputError, TokenRangeError
 from accelc.ir.quantized import BITS, GROUPS, SCALES, UNIT, Scheme, pack, unpack
 from accelc.ir.rounding import round_to_nearest
+from accelc.quantized_linear import QuantizedEmbedding, QuantizedLinear
 
 SCHEMES = [
     Scheme(bits, group, symmetric, dtype)
@@ -98,10 +101,30 @@ def test_schemes_read_what_they_write(scheme: Scheme) -> None:
     assert Scheme.parse(str(scheme)) == scheme
 
 
-@pytest.mark.parametrize("text", ["int3", "int4:g33", "float8", "int4:g64:foo", "", "int8:g512", "int4:g0"])
-def test_unknown_schemes_name_the_choices(text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["int3", "int4:g33", "float8", "int4:g64:foo", "", "int8:g512", "int4:g0", "int04", None, 4, b"int4"]
+)
+def test_unknown_schemes_name_the_choices(text: Any) -> None:
     with pytest.raises(InputError, match="g64"):
         Scheme.parse(text)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(8), torch.ones(0, 8), torch.ones(8, 8, dtype=torch.int32)])
+def test_what_is_no_matrix_of_floats_is_named(weight: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="a weight to quantize is (float32|int32)"):
+        round_to_nearest(weight, Scheme.parse("int8"))
+
+
+def test_modules_refuse_what_their_padding_would_hide() -> None:
+    weight = round_to_nearest(torch.randn(41, 50), Scheme.parse("int8"))
+    linear, table = QuantizedLinear(weight), QuantizedEmbedding(weight, torch.float32)
+    for width in (49, 51, 64):
+        with pytest.raises(InputError, match=f"rows of {width} for a quantized linear of 50 columns"):
+            linear(torch.ones(2, width))
+    assert table(torch.tensor([0, 40])).shape == (2, 50)
+    for wrong in (-1, 41, 47, 48):
+        with pytest.raises(TokenRangeError, match=f"the id {wrong} lies outside a quantized table of 41 rows"):
+            table(torch.tensor([0, wrong]))
 
 
 def test_bits_per_weight_count_scales_zeros_and_padding() -> None:
