@@ -101,9 +101,10 @@ def test_schemes_read_what_they_write(scheme: Scheme) -> None:
     assert Scheme.parse(str(scheme)) == scheme
 
 
-@pytest.mark.parametrize(
-    "text", ["int3", "int4:g33", "float8", "int4:g64:foo", "", "int8:g512", "int4:g0", "int04", None, 4, b"int4"]
-)
+UNKNOWN = ["int3", "int4:g33", "float8", "int4:g64:foo", "", "int8:g512", "int4:g0", "int04", None, 4, b"int4"]
+
+
+@pytest.mark.parametrize("text", UNKNOWN)
 def test_unknown_schemes_name_the_choices(text: Any) -> None:
     with pytest.raises(InputError, match="g64"):
         Scheme.parse(text)
@@ -111,7 +112,7 @@ def test_unknown_schemes_name_the_choices(text: Any) -> None:
 
 @pytest.mark.parametrize("weight", [torch.ones(8), torch.ones(0, 8), torch.ones(8, 8, dtype=torch.int32)])
 def test_what_is_no_matrix_of_floats_is_named(weight: torch.Tensor) -> None:
-    with pytest.raises(InputError, match="a weight to quantize is (float32|int32)"):
+    with pytest.raises(InputError, match="a weight to quantize is"):
         round_to_nearest(weight, Scheme.parse("int8"))
 
 
