@@ -18,8 +18,12 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise InputError(f"{name} is {value!r}", remedy=f"Use one of: {', '.join(map(repr, get_args(choices)))}.")
 
 
-def check_output(path: Path) -> None:
-    """Raise InputError where no file can be written, before the work that ends with it."""
+def check_output(path: Path, *, plot: bool = False) -> None:
+    """Raise InputError where no file can be written, before the work that ends with it; `plot`: one in SVG goes next to
+    it.
+    """
+    if plot and path.suffix == ".svg":
+        raise InputError(f"{path} is where the plot goes", remedy="Give another ending, such as .json.")
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(f"no file can be written as {path}", remedy="Give a file in a folder that exists.")
 

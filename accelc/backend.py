@@ -28,12 +28,13 @@ import torch.fx as fx
 import accelc as accelc_package
 from accelc.backend_options import BackendOptions, parse_options, reject_mode
 from accelc.freezing import freeze_parameters
-from accelc.inference_graph import constants, to_program, write_back, written_attributes
-from accelc.ir import PassRecord
+from accelc.inference_graph import Constant, constants, to_program, write_back, written_attributes
+from accelc.ir import PassRecord, Program
 from accelc.ir.compat import compile_with_inductor, is_joint_graph, is_top_level
 from accelc.ir.errors import InvariantError
 from accelc.output_contract import LayoutError
 from accelc.passes import Pipeline
+from accelc.passes.quantize_weights import QuantizeWeights
 
 logger = logging.getLogger("accelc")
 
@@ -155,6 +156,11 @@ def compile_inference(
             report = replace(report, note=f"left to Inductor without the passes' changes: {error.what}")
             return
         report = replace(report, history=program.history, note="")
+        if options.quantize is not None and (count := unquantized(program, known)):
+            announce(
+                f"quantize= found no product with a weight in a graph that reads {count} matrices: they stay floats "
+                "(weights that autocast casts are no such products, nor are fused layers: nn.TransformerEncoderLayer)"
+            )
 
     key = None if frozen else cache_key(pipeline)
     compiled = compile_with_inductor(gm, inputs, patches, rewrite, key)
@@ -162,6 +168,13 @@ def compile_inference(
         report = replace(report, frozen=len(frozen.tensors) - len(written))
         compiled = frozen.guard(compiled, written)
     return compiled, report
+
+
+def unquantized(program: Program, known: Mapping[str, Constant]) -> int:
+    """How many matrices a program reads, where none of them was quantized."""
+    if any(record.name == QuantizeWeights.name and record.matches for record in program.history):
+        return 0
+    return sum(constant.value.dim() > 1 and constant.value.is_floating_point() for constant in known.values())
 
 
 def trains(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:

@@ -76,8 +76,20 @@ def parse_options(options: Mapping[str, object] | None) -> BackendOptions:
             remedy=f"Use accelc.compile for a decoder. Passes for any graph: "
             f"{', '.join(name for name in known_passes() if name not in STEP_PASSES)}.",
         )
-    for one in (*built, given.get("quantize")):
-        if isinstance(one, QuantizeWeights) and one.method in CALIBRATED:
+    quantizing = [one for one in (*built, quantization(given.get("quantize"))) if isinstance(one, QuantizeWeights)]
+    if len(quantizing) > 1:
+        raise OptionValueError("quantize= and passes= both quantize the weights", where="torch.compile(options=...)",
+                               remedy="Give one of them, with all its options.")  # fmt: skip
+    for one in quantizing:
+        if one.name in given.get("disable", ()):
+            raise OptionValueError(f"{one.name} is asked for and disabled", where="torch.compile(options=...)",
+                                   remedy="Leave out quantize=, or take it from disable=.")  # fmt: skip
+        if one.consume:
+            raise OptionValueError(
+                "consume=True frees weights that the module still has", where="torch.compile(options=...)",
+                remedy="Leave it out, or use accelc.compile.",
+            )  # fmt: skip
+        if one.method in CALIBRATED:
             raise OptionValueError(
                 f"the accelc backend cannot run the method {one.method!r}, which needs a whole language model",
                 where="torch.compile(options=...)",

@@ -55,6 +55,12 @@ def capture(model: nn.Module, *, max_length: int) -> Program:
     on_meta = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
     if on_meta:
         raise MetaDeviceError(f"{len(on_meta)} tensors are on the meta device, the first: {on_meta[0]}")
+    freed = [n for n, p in model.named_parameters() if p.numel() and not p.untyped_storage().nbytes()]
+    if freed:
+        raise MetaDeviceError(
+            f"{len(freed)} weights have no memory any more, the first: {freed[0]}",
+            remedy="QuantizeWeights(consume=True) frees them: load the model anew, or quantize without it.",
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     wrapper = LogitsOnly(model)
     example = torch.zeros(EXAMPLE, dtype=torch.int64, device=device)

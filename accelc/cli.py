@@ -131,7 +131,7 @@ def generate(
         if statistics is not None and drafter is None:
             raise InputError("--statistics without a drafter", remedy="Give --draft, --draft-model or --heads.")
         if statistics is not None:
-            check_output(statistics)
+            check_output(statistics, plot=True)
         check_draft(drafter, accept, accelc.Exactness.LOSSY)
         decoder = compiled(model, max_length, dtype, quantize, eager)
         if report:
@@ -238,7 +238,7 @@ def plan_quantize(
             raise InputError(f"--max-rise is {max_rise}", remedy="Give a rise above 0, such as 0.01 for one percent.")
         if max_bytes is not None and not 0 < max_bytes < math.inf:
             raise InputError(f"--max-bytes is {max_bytes:g}", remedy="Give the bytes that all weights may take.")
-        check_output(out)
+        check_output(out, plot=True)
         text = read_texts(texts)
         if (model / "config.json").is_file() and quantization_of(model) is not None:
             raise InputError(f"the model in {model} is quantized already", remedy="Plan for its float model.")

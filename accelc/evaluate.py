@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from accelc.ir.errors import InputError
+from accelc.ir.token_ids import one_sequence
 from accelc.runtime import Decoder
+from accelc.runtime.arguments import check_count
 from accelc.runtime.prompts import check_range
 
 WINDOW = 1024
@@ -29,8 +32,8 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
+        """exp(loss), infinite where that is no number of 64 bits."""
+        return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
 
     def __str__(self) -> str:
         return (
@@ -52,9 +55,15 @@ def perplexity(
     Each window of `window` tokens (default: the decoder's max_length, at most 1024) begins `stride` tokens after the
     one before (default: half a window); a token is scored once, in the first window that holds it, so that all but
     those of the first window see at least window - stride tokens before them. `progress(done, all)` is called after
-    each window. Raises InputError for a text of fewer than two tokens, or a window or stride that does not fit.
+    each window. Raises InputError for what are no token ids of one text, fewer than two, or a window or stride that
+    does not fit.
     """
-    ids = torch.as_tensor(ids, dtype=torch.int64).flatten()
+    if not isinstance(decoder, Decoder):
+        raise InputError(f"the decoder is a {type(decoder).__name__}", remedy="Give what accelc.compile returns.")
+    ids = one_sequence(ids, "the text")
+    for name, size in (("window", window), ("stride", stride)):
+        if size is not None:
+            check_count(name, size)
     longest = decoder.max_length
     window = min(longest, WINDOW) if window is None else window
     stride = max(1, window // 2) if stride is None else stride

@@ -38,14 +38,18 @@ class Frozen:
         Buffers in `written` the graph itself writes to: they are no constants, and may have another version.
         """
         checks = [
-            (place, tensor, None if name in written else tensor._version, name)
+            (place, tensor, None if name in written else tensor._version, tensor.data_ptr(), name)
             for place, (name, tensor) in zip(self.places, self.tensors.items())
         ]
         kept = self.kept
 
         def call(*args: Any) -> Any:
-            for place, tensor, version, name in checks:
-                if args[place] is not tensor or (version is not None and tensor._version != version):
+            for place, tensor, version, memory, name in checks:
+                if (
+                    args[place] is not tensor
+                    or (version is not None and tensor._version != version)
+                    or tensor.data_ptr() != memory  # as an assignment to `.data` leaves it
+                ):
                     raise BackendError(
                         f"parameter {name} is not the one this graph was compiled with, or was written to",
                         where='options={"freeze": True}',
@@ -71,7 +75,9 @@ def freeze_parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> Frozen:
     ]
     kept = tuple(i for i in range(len(inputs)) if i not in set(frozen))
     tensors = {placeholders[i].name: inputs[i] for i in frozen}
-    paths = {placeholders[i].name: module_path(placeholders[i]) for i in frozen}
-    count = Counter(paths.values())  # a function may read several models
-    paths = {name: path for name, path in paths.items() if path and count[path] == 1}
+    found = {placeholders[i].name: module_path(placeholders[i]) for i in frozen}
+    several = len({owner for owner, _ in found.values()}) > 1  # a function may read several models
+    paths = {name: f"{owner}.{path}" if several else path for name, (owner, path) in found.items() if path}
+    count = Counter(paths.values())
+    paths = {name: path for name, path in paths.items() if count[path] == 1}
     return Frozen(with_attributes(gm, tensors), tuple(inputs[i] for i in kept), kept, tensors, tuple(frozen), paths)

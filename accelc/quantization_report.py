@@ -32,7 +32,8 @@ def render_plan(plan: QuantizationPlan) -> Group:
         schemes.add_row(name, str(len(chosen)), f"{size:.1f}", f"{loss:.1e}")
     weights = Table(title=f"the {min(MOST, len(plan.choices))} weights that are most sensitive", title_justify="left")
     for heading in ("weight", "shape", f"nats in {PROBE}", "scheme", "nats expected"):
-        weights.add_column(heading, justify="left" if heading in ("weight", "scheme") else "right")
+        left = heading in ("weight", "scheme")
+        weights.add_column(heading, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
     for choice in sorted(plan.choices, key=lambda c: -c.sensitivity)[:MOST]:
         shape = " x ".join(map(str, choice.shape))
         weights.add_row(choice.path, shape, f"{choice.sensitivity:.1e}", choice.scheme, f"{choice.loss:.1e}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -90,15 +91,27 @@ class QuantizedLinear(QuantizedModule):
         )
 
 
-class QuantizedEmbedding(QuantizedModule):
+class _OfDtype(QuantizedModule):
+    """One that gives values of ``dtype``, which `Module.to` and its kin change."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__(weight)
+        self.dtype = dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+
+class QuantizedEmbedding(_OfDtype):
     """A look-up of ids [...] -> [..., K] in ``dtype`` by `accelc::quantized_embedding`. On CPUs, when it is not
     compiled, ids outside the table are a TokenRangeError.
     """
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
-        super().__init__(weight)
+        super().__init__(weight, dtype)
         self.num_embeddings, self.embedding_dim = weight.rows, weight.columns
-        self.dtype = dtype
 
     @property
     def weight(self) -> Tensor:
@@ -118,14 +131,10 @@ class QuantizedEmbedding(QuantizedModule):
         )
 
 
-class QuantizedStack(QuantizedModule):
+class QuantizedStack(_OfDtype):
     """A stack of matrices [E, N, K], as the experts of a mixture are, that another module multiplies by itself."""
 
     rank = 3
-
-    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
-        super().__init__(weight)
-        self.dtype = dtype
 
     @property
     def weight(self) -> Tensor:

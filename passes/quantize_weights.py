@@ -16,8 +16,8 @@ from accelc.passes.quantize.granularity import BASE, Option, bits_of, candidates
 from accelc.passes.quantize.memory import free, own_storages
 from accelc.passes.quantize.methods import CALIBRATED, METHODS, calibrated
 from accelc.passes.quantize.norm_scaling import scale_norms
-from accelc.passes.quantize.patterns import matching, selected
-from accelc.passes.quantize.products import Matrix, find_matrices, head_of
+from accelc.passes.quantize.patterns import matching, selected, separated
+from accelc.passes.quantize.products import Matrix, head_of, scan
 from accelc.passes.quantize.rewrite import rewrite
 from accelc.passes.registry import register_pass
 
@@ -71,14 +71,14 @@ class QuantizeWeights(Pass):
     def run(self, program: Program) -> PassResult:
         self.check_options()
         program = program.clone()
-        matrices = find_matrices(program)
+        matrices, others = scan(program)
         head = head_of(program, matrices)
         schemes = self._schemes(program, matrices, head)
         if not schemes and self.expected_matches[0]:
             remedy = nothing_left(program, matrices)
             raise OptionValueError("no weight is left to quantize", where=str(self), remedy=remedy)
-        for path in schemes:
-            check_finite(path, fetch(program.module, path))
+        for path, scheme in schemes.items():
+            check_finite(path, fetch(program.module, path), scheme)
         chosen = {path: matrix for path, matrix in matrices.items() if path in schemes}
         notes = []
         consumed = own_storages(program, chosen) if self.consume else set()
@@ -95,7 +95,8 @@ class QuantizeWeights(Pass):
                 free(weight)
         program.graph.eliminate_dead_code()
         program.module.recompile()
-        return PassResult(program.clone(), matches, (*self._notes(matrices, schemes, head, before, after), *notes))
+        notes = [*self._notes(matrices, schemes, head, before, after, others), *notes]
+        return PassResult(program.clone(), matches, tuple(notes))
 
     def check_options(self) -> None:
         """Raise OptionValueError, or InputError for a scheme, unless each option has a value that it may have."""
@@ -110,6 +111,11 @@ class QuantizeWeights(Pass):
         for text in (self.scheme, self.head, self.embeddings):
             if text not in ("", NONE):
                 parse_scheme(text)
+        for pattern, text in self._overrides():
+            try:
+                _ = None if text == NONE else parse_scheme(text)
+            except InputError as error:
+                raise InputError(error.what, where=f"the override of {pattern!r}", remedy=error.remedy) from error
         if not isinstance(self.consume, bool):
             raise OptionValueError(f"consume is {self.consume!r}", where=str(self), remedy="Use True or False.")
         if self.method not in METHODS and self.method not in CALIBRATED:
@@ -165,8 +171,8 @@ class QuantizeWeights(Pass):
         return head_scheme(self.scheme, self.head) if is_head else self.scheme
 
     def _overrides(self) -> Iterator[tuple[str, str]]:
-        for entry in filter(None, (part.strip() for part in self.overrides.split(","))):
-            pattern, found, text = entry.partition("=")
+        for entry in filter(None, (part.strip() for part in separated(self.overrides))):
+            pattern, found, text = entry.rpartition("=")
             if not found:
                 raise OptionValueError(
                     f"the override {entry!r} has no scheme", where=str(self), remedy="Write pattern=scheme."
@@ -187,7 +193,13 @@ class QuantizeWeights(Pass):
             yield path, done.pop(path) if path in done else method(matrix.weight(program), schemes[path])
 
     def _notes(
-        self, matrices: dict[str, Matrix], schemes: dict[str, Scheme], head: str | None, before: int, after: int
+        self,
+        matrices: dict[str, Matrix],
+        schemes: dict[str, Scheme],
+        head: str | None,
+        before: int,
+        after: int,
+        read_otherwise: list[str],
     ) -> list[str]:
         groups: dict[str, int] = {}
         for path, scheme in schemes.items():
@@ -202,15 +214,19 @@ class QuantizeWeights(Pass):
         routers = [path for path, matrix in matrices.items() if matrix.router]
         if routers:
             notes.append(f"{len(routers)} routers stay floats, the first: {routers[0]}")
+        if read_otherwise:
+            count = f"{len(read_otherwise)} weights stay floats, as not only products as they lie read them"
+            notes.append(f"{count}: {read_otherwise[0]}{' ...' if len(read_otherwise) > 1 else ''}")
         return notes
 
 
 def quantization(given: str | QuantizeWeights | None) -> QuantizeWeights | None:
-    """The pass that the option `quantize` means. Raises InputError."""
+    """The pass that the option `quantize` means, None for none. Raises InputError."""
     if isinstance(given, QuantizeWeights):
         given.check_options()
-    if given is None or isinstance(given, QuantizeWeights):
         return given
+    if given is None or given == NONE:
+        return None
     if not isinstance(given, str):
         raise InputError(
             f"quantize is {given!r}", remedy="Give a scheme such as 'int4' or 'int8:g64', or QuantizeWeights(...)."

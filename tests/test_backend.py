@@ -467,6 +467,9 @@ def test_options_of_inductor_reach_it() -> None:
         ({"options": {"passes": [DeriveStep()]}}, ["cannot run derive_step"]),
         ({"options": {"quantize": GPTQ}}, ["cannot run the method 'gptq'", "accelc.compile", "rtn, hqq"]),
         ({"options": {"passes": [GPTQ]}}, ["cannot run the method 'gptq'"]),
+        ({"options": {"passes": ["quantize_weights"], "quantize": "int8"}}, ["both quantize the weights"]),
+        ({"options": {"disable": ["quantize_weights"], "quantize": "int8"}}, ["is asked for and disabled"]),
+        ({"options": {"quantize": accelc.QuantizeWeights(consume=True)}}, ["consume=True frees"]),
         ({"options": {"inductor": {"max_autotun": True}}}, ["no option max_autotun", "Close to it: .*max_autotune"]),
     ],
 )

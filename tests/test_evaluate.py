@@ -8,7 +8,7 @@ from families import FAMILIES
 from torch.nn import functional as F
 
 import accelc
-from accelc.evaluate import perplexity
+from accelc.evaluate import Perplexity, perplexity
 from accelc.ir.errors import InputError
 
 LENGTH = 48
@@ -61,3 +61,27 @@ def test_every_token_is_scored_once_with_the_context_that_is_promised(model, dec
 def test_what_cannot_be_measured_is_named(decoder, length: int, options: dict, match: str) -> None:
     with pytest.raises(InputError, match=match):
         perplexity(decoder, text(length), **options)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "match"),
+    [
+        ([1.5, 2.5], {}, r"the text is float32 \[2\]"),
+        ([True, False], {}, r"the text is bool \[2\]"),
+        (torch.ones(3, 9, dtype=torch.int64), {}, r"the text is int64 \[3, 9\]"),
+        ("some text", {}, "a text, not token ids"),
+        ([[1, 2], [3]], {}, "which makes no token ids"),
+        ([2**70, 1], {}, "which makes no token ids"),
+        ([1, 2, 3], {"window": 8.0}, "window is 8.0"),
+        ([1, 2, 3], {"stride": "1"}, "stride is '1'"),
+        ([1, 2, 3], {"decoder": None}, "the decoder is a NoneType"),
+    ],
+)
+def test_what_is_no_text_is_named(decoder: accelc.CompiledDecoder, ids: object, options: dict, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        perplexity(**{"decoder": decoder, "ids": ids, **options})
+
+
+def test_a_loss_beyond_numbers_is_infinite() -> None:
+    assert Perplexity(800.0, 1, 1, 2, 1).perplexity == float("inf")
+    assert "perplexity inf (800.00000 nats" in str(Perplexity(800.0, 1, 1, 2, 1))

@@ -16,7 +16,7 @@ import accelc
 from accelc.backend import GraphReport
 from accelc.checkpoints import load_quantized, save_quantized
 from accelc.cli import app
-from accelc.ir.errors import ExactnessError, InputError, OptionValueError
+from accelc.ir.errors import BackendError, ExactnessError, InputError, MetaDeviceError, OptionValueError
 from accelc.ir.quantized import Scheme
 from accelc.ir.rounding import round_to_nearest
 from accelc.passes.quantize.budget import QuantizationPlan
@@ -87,6 +87,14 @@ def test_what_cannot_be_done_is_named(options: dict, error: type[Exception], tex
         accelc.compile(FAMILIES["llama"].build(), max_length=32, cache=False, **options)
 
 
+def test_a_model_whose_weights_were_freed_is_named() -> None:
+    model = FAMILIES["llama"].build()
+    accelc.compile(model, max_length=32, quantize=accelc.QuantizeWeights(consume=True), check="off", cache=False)
+    with pytest.raises(MetaDeviceError, match="have no memory any more"):
+        accelc.compile(model, max_length=32, cache=False)
+    assert accelc.compile(FAMILIES["gpt2"].build(), max_length=32, quantize="none", cache=False).report is not None
+
+
 def test_a_quantized_model_in_double_is_refused(tmp_path: Path) -> None:
     FAMILIES["llama"].build().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="the scales of a QuantizedLinear are float64"):
@@ -134,6 +142,27 @@ def test_the_drop_in_backend_knows_weights_by_their_names(caplog: pytest.LogCapt
     assert "1 in int8:row, 1 in int4:g32" in compiled(overrides="0.0.weight=int8")
     assert "no weight was left" in compiled(include="q_proj*")
     assert "'q_proj*' matches no weight of a graph, which has 0.0.weight, 1.weight" in caplog.text
+    assert "found no product with a weight in a graph that reads 2 matrices" in caplog.text
+    torch.compiler.reset()
+
+
+def test_the_drop_in_backend_tells_models_apart() -> None:
+    first, second = nn.Linear(64, 64), nn.Linear(64, 64)
+    reports: list[GraphReport] = []
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        return first(x) + second(x)  # type: ignore[no-any-return]
+
+    torch.compiler.reset()
+    quantize = accelc.QuantizeWeights("int4:g32", include="second.*")
+    run = torch.compile(both, backend="accelc", options={"quantize": quantize, "report": reports.append})
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        run(x)
+        assert reports[-1].history[-1].matches == 1
+        second.weight.data = second.weight.data + 1
+        with pytest.raises(BackendError, match="is not the one this graph was compiled with"):
+            run(x)
     torch.compiler.reset()
 
 
@@ -198,6 +227,8 @@ def test_a_plan_is_made_on_the_command_line(directory: Path, tmp_path: Path) -> 
     assert "--max-bytes" in run("plan-quantize", tmp_path / "nowhere", directory / "text.txt").output
     assert "--max-rise is nan" in run("plan-quantize", directory, directory / "text.txt", "--max-rise", "nan").output
     save_quantized(load_quantized(directory), tmp_path / "own")
+    same = run("plan-quantize", directory, directory / "text.txt", "--max-bytes", 1e5, "--out", tmp_path / "x.svg")
+    assert "where the plot goes" in same.output
     own = run("plan-quantize", tmp_path / "own", directory / "text.txt", "--max-bytes", 1e5, "--out", out)
     assert own.exit_code == 1
     assert "quantized already" in own.output

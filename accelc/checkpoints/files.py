@@ -37,9 +37,9 @@ class Entry:
 
 
 class TensorFiles:
-    """``entries``: every tensor by name; ``metadata``: the strings that the files' headers hold."""
+    """``entries``: every tensor by name; ``metadata``: the strings that each file's header holds."""
 
-    def __init__(self, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
+    def __init__(self, entries: dict[str, Entry], metadata: dict[Path, dict[str, str]]) -> None:
         self.entries, self.metadata = entries, metadata
 
     @classmethod
@@ -50,14 +50,14 @@ class TensorFiles:
         if not path.is_dir():
             raise CheckpointError(f"there is no directory {path}", remedy="Give the directory of a saved model.")
         entries: dict[str, Entry] = {}
-        metadata: dict[str, str] = {}
+        metadata: dict[Path, dict[str, str]] = {}
         listed = _listed(path)
         for file in sorted({path / name for name in listed.values()}) if listed else sorted(path.glob("*.safetensors")):
             found, strings = _header(file)
             for name in found.keys() & entries.keys():
                 raise CheckpointError(f"the tensor {name} is in {entries[name].file.name} and in {file.name}")
             entries |= found
-            metadata |= strings
+            metadata[file] = strings
         if not entries:
             raise CheckpointError(
                 f"no safetensors files in {path}", remedy="Give a directory with all weights as safetensors."

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from accelc.checkpoints.accelc import SCHEMES
-from accelc.checkpoints.files import TensorFiles
+from accelc.checkpoints.accelc import holds_codes
+from accelc.checkpoints.files import INDEX, TensorFiles
 from accelc.checkpoints.plan import make_plan
 from accelc.checkpoints.skeleton import outline
 from accelc.ir.errors import CheckpointError, first_line
@@ -24,18 +24,22 @@ def load_floats(path: Path, *, dtype: torch.dtype | None = None) -> nn.Module:
 
     Raises CheckpointError, with every tensor that does not fit, before any is read.
     """
-    files = TensorFiles.of(path)
-    if SCHEMES in files.metadata:
-        raise CheckpointError(
-            f"the files in {path} hold quantized weights, and its config.json has no quantization_config",
-            remedy="Copy the config.json that save_quantized wrote.",
-        )
+    files = float_files(path)
     make_plan(outline(path), files, None)
+    if not (path / INDEX).is_file() and not (path / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{path} has neither a model.safetensors nor {INDEX}", remedy="Get the index, or save the model anew."
+        )
     from transformers import AutoModelForCausalLM
 
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+            path,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"no model could be loaded from {path}: {type(error).__name__}: {first_line(error)}",
@@ -44,6 +48,17 @@ def load_floats(path: Path, *, dtype: torch.dtype | None = None) -> nn.Module:
     if problems := _problems(found):
         raise CheckpointError(f"transformers did not load all weights of {path}: {problems}")
     return model.eval()  # type: ignore[no-any-return]
+
+
+def float_files(path: Path) -> TensorFiles:
+    """The files of a directory with float weights. Raises CheckpointError."""
+    files = TensorFiles.of(path)
+    if holds_codes(files):
+        raise CheckpointError(
+            f"the files in {path} hold quantized weights, and its config.json has no quantization_config",
+            remedy="Copy the config.json that save_quantized wrote.",
+        )
+    return files
 
 
 def _problems(found: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def quantization_of(path: Path) -> dict[str, Any] | None:
                 found = owner.get(key) if isinstance(owner, dict) else None
                 if found is not None and not isinstance(found, dict):
                     raise CheckpointFormatError(f"{key} is {found!r}, no object", where=str(path / "config.json"))
-                if found is not None:
+                if found:
                     return {"quant_method": "compressed-tensors", **found} if key != "quantization_config" else found
     if (path / "quantize_config.json").is_file():
         return {"quant_method": "gptq", **read_json(path / "quantize_config.json")}
@@ -138,9 +138,7 @@ def _compressed_tensors(settings: dict[str, Any], files: TensorFiles) -> Format:
 def _accelc(settings: dict[str, Any], files: TensorFiles) -> Format:
     from accelc.checkpoints.accelc import Accelc
 
-    made = Accelc.of(settings)
-    made.check_files(files)
-    return made
+    return Accelc.of(settings, files)
 
 
 METHODS: dict[str, Callable[[dict[str, Any], TensorFiles], Format]] = {

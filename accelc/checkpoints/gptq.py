@@ -46,6 +46,14 @@ class Gptq:
         setting({"checkpoint_format": form}, "checkpoint_format", ("gptq", "gptq_v2"))
         setting(settings, "pack_dtype", ("int32",), "int32")
         overrides = settings.get("dynamic") or {}
+        if not isinstance(overrides, dict) or not all(isinstance(own, dict) for own in overrides.values()):
+            raise CheckpointFormatError("dynamic is no object of objects", where="quantization_config")
+        for pattern in overrides:
+            try:
+                re.compile(pattern.removeprefix("+:").removeprefix("-:"))
+            except re.error as error:
+                raise CheckpointFormatError(f"dynamic has the pattern {pattern!r}: {error}",
+                                            where="quantization_config") from error  # fmt: skip
         bits = setting(settings, "bits", BITS)
         return cls(bits, group_size(settings), 1 if form == "gptq" else 0, overrides)
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from accelc.checkpoints.files import TensorFiles
+from accelc.checkpoints.floats import float_files
 from accelc.checkpoints.formats import quantization_of
 from accelc.checkpoints.layers import as_matrix, fitted, is_linear, matrix_shape, put, quantized
 from accelc.checkpoints.loading import load_rest, share
 from accelc.checkpoints.plan import Plan, make_plan
 from accelc.checkpoints.skeleton import skeleton
-from accelc.ir.errors import CheckpointError, CheckpointFormatError, OptionValueError
+from accelc.ir.errors import CheckpointError, CheckpointFormatError, InputError, OptionValueError
 from accelc.ir.quantized import Scheme
 from accelc.ir.rounding import all_finite, check_scales
 from accelc.passes.quantize.methods import CALIBRATED, METHODS
 from accelc.passes.quantize.patterns import selected
-from accelc.passes.quantize_weights import NONE, head_scheme, is_automatic, parse_scheme
+from accelc.passes.quantize_weights import NONE, QuantizeWeights, head_scheme, is_automatic, parse_scheme
 from accelc.quantized_linear import QuantizedModule
 
 log = logging.getLogger(__name__)
@@ -68,22 +68,25 @@ def quantize_linears(
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """What `load_quantized` does, without a warning of what is left to do."""
+    if not isinstance(source, str | Path):
+        raise InputError(f"source is {source!r}", remedy="Give the path of a directory.")
     path = Path(source)
+    QuantizeWeights(scheme, head=head, include=include, exclude=exclude).check_options()
     if quantization_of(path) is not None:
         raise CheckpointFormatError(f"the model in {path} is quantized already", remedy="Load it as it is.")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         remedy = f"Use one of: {', '.join(METHODS)}."
-        if method in CALIBRATED:
+        if isinstance(method, str) and method in CALIBRATED:
             remedy += f" {method} needs text: accelc.compile(path, quantize=QuantizeWeights(...))."
         raise OptionValueError(f"no method {method!r} while a directory is read", remedy=remedy)
     schemes = {"body": _scheme(scheme), "head": _scheme(head_scheme(scheme, head))}
-    files = TensorFiles.of(path)
+    files = float_files(path)
     model = skeleton(path, dtype)
     plan = make_plan(model, files, None)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = _linears(model, plan)
     targets = selected(linears, include, exclude)
-    if not targets:
+    if not targets or not any(schemes.values()):
         raise OptionValueError(
             "no weight is left to quantize",
             where=str(path),

@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,12 +39,21 @@ def save_quantized(
     meta device, a file in the directory's place or a directory that holds weights already. InputError: scales in a
     dtype that no scheme has, a `shard` that is no number of bytes.
     """
+    for name, given in (("directory", directory), ("source", source)):
+        if not isinstance(given, str | Path) and not (name == "source" and given is None):
+            raise InputError(f"{name} is {given!r}", remedy="Give the path of a directory.")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}", remedy="Save what load_quantized returns.")
+    if source is not None and not Path(source).is_dir():
+        raise CheckpointError(
+            f"there is no directory {source}", remedy="Give the one with the tokenizer, or leave it out."
+        )
     path = Path(directory)
     if isinstance(shard, bool) or not isinstance(shard, int) or shard < 1:
         raise InputError(f"shard is {shard!r}", remedy="Give the bytes that a file may have, such as 4 << 30.")
     config: Any = getattr(model, "config", None)
-    schemes = {name: m.stored_scheme() for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
-    if not schemes or not hasattr(config, "save_pretrained"):
+    form = Accelc.of_model(model)
+    if not form.schemes or not hasattr(config, "save_pretrained"):
         lacking = "no quantized module" if hasattr(config, "save_pretrained") else "no transformers configuration"
         raise CheckpointError(f"{type(model).__name__} has {lacking}", remedy="Save what load_quantized returns.")
     on_meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
@@ -52,9 +63,15 @@ def save_quantized(
         raise CheckpointError(f"{path} is a file", remedy="Give a new directory.")
     if any(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} holds weights already", remedy="Give a new directory.")
-    form = Accelc(schemes)
     source = Path(source or getattr(config, "name_or_path", "") or path)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_all(model, form, path, source, shard)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}", remedy="Give a directory that can.") from error
+
+
+def _write_all(model: nn.Module, form: Accelc, path: Path, source: Path, shard: int) -> None:
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as scratch:
         _write(model, form, Path(scratch), shard)
         for name in TOKENIZER:
@@ -68,6 +85,7 @@ def _write(model: nn.Module, form: Accelc, folder: Path, shard: int) -> None:
     config: Any = copy.deepcopy(model.config)
     config.quantization_config = form.settings()
     config.architectures = [type(model).__name__]
+    config.dtype = _dtype(model)
     config.save_pretrained(folder)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
@@ -81,6 +99,16 @@ def _write(model: nn.Module, form: Accelc, folder: Path, shard: int) -> None:
         where = {key: name for name, tensors in zip(names, shards, strict=True) for key in tensors}
         index = {"metadata": {"total_size": sum(map(_bytes, shards))}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most parameters that are not quantized: `Module.half` does not tell the configuration."""
+    quantized = {id(p) for m in model.modules() if isinstance(m, QuantizedModule) for p in m.parameters()}
+    plain = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        if id(parameter) not in quantized and parameter.is_floating_point():
+            plain[parameter.dtype] += parameter.numel()
+    return plain.most_common(1)[0][0] if plain else model.config.dtype  # type: ignore[no-any-return, union-attr]
 
 
 def _shards(model: nn.Module, limit: int) -> list[dict[str, Tensor]]:

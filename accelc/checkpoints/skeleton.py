@@ -48,17 +48,25 @@ def _described(path: Path, dtype: torch.dtype | None, making: AbstractContextMan
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # transformers' own quantizers have no part in this
         with making:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=False
+            )
+    except Exception as error:  # whatever a wrong number in a configuration leads to
+        raise CheckpointError(
+            f"no model can be made of {path / 'config.json'}: {type(error).__name__}: {first_line(error)[:300]}",
+            remedy="It must be the configuration of a causal language model that transformers knows.",
+        ) from error
+    try:
         if (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:  # a broken JSON file is a ValueError
         raise CheckpointError(
-            f"no model can be made of {path / 'config.json'}: {type(error).__name__}: {first_line(error)[:300]}",
-            remedy="It must be the configuration of a causal language model that transformers knows.",
+            f"{path / 'generation_config.json'} cannot be read: {type(error).__name__}: {first_line(error)[:300]}",
+            remedy="Repair it, or remove it: it has defaults of generating alone.",
         ) from error
     return model
 

@@ -128,14 +128,15 @@ def is_module_tensor(node: fx.Node) -> bool:
     return tensor_dict.get("_dynamo_static_input_type") == "unguarded"
 
 
-def module_path(node: fx.Node) -> str:
-    """The name that a parameter or buffer, a placeholder of a dynamo graph, has in its module, as in ``state_dict``;
-    "" where that cannot be told.
+def module_path(node: fx.Node) -> tuple[str, str]:
+    """The variable that holds the module of a parameter or buffer, a placeholder of a dynamo graph, and its name in the
+    module, as in ``state_dict``; empty where that cannot be told.
     """
     source = getattr(getattr(node, "_dynamo_source", None), "name", "")
     text = source() if callable(source) else str(source)  # a property since torch 2.12
     parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", text)
-    return ".".join(parts)
+    owner = re.match(r"\w+\['(\w+)'\]\._", text)
+    return owner[1] if owner else "", ".".join(parts)
 
 
 def with_attributes(gm: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:

@@ -7,6 +7,7 @@ scale and zero by linear regression of the weights on their codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -46,19 +47,28 @@ def all_finite(weight: Tensor) -> bool:
     return not weight.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight))
 
 
-def check_finite(name: str, weight: Tensor) -> None:
-    """Raise InputError for a weight with values that no code can stand for."""
-    if not all_finite(weight):
+def check_finite(name: str, weight: Tensor, scheme: Scheme) -> None:
+    """Raise InputError for a weight with values that no code can stand for, or too large for the scheme's scales."""
+    if not weight.numel():
+        return
+    largest = max(abs(float(extreme)) for extreme in torch.aminmax(weight))  # NaN passes on
+    if not largest < math.inf:
         raise InputError(f"the weight {name} holds NaN or infinite values", remedy="Repair the checkpoint.")
+    if largest / scheme.middle > torch.finfo(scheme.scale_dtype).max:
+        raise _too_large(name, scheme.scale_dtype)
 
 
 def check_scales(name: str, made: QuantizedWeight) -> None:
     """Raise InputError for a quantized weight whose scales or zeros are not finite in the scheme's dtype."""
     if not all(all_finite(part) for part in (made.scales, made.zeros) if part is not None):
-        raise InputError(
-            f"the weight {name} is too large for scales in {str(made.scales.dtype).removeprefix('torch.')}",
-            remedy="Take scales in bf16 or fp32, such as int4:fp32.",
-        )
+        raise _too_large(name, made.scales.dtype)
+
+
+def _too_large(name: str, dtype: torch.dtype) -> InputError:
+    return InputError(
+        f"the weight {name} is too large for scales in {str(dtype).removeprefix('torch.')}",
+        remedy="Take scales in bf16 or fp32: int4:fp32." if dtype == torch.float16 else "Repair the checkpoint.",
+    )
 
 
 @torch.library.custom_op("accelc::round_weight", mutates_args=())

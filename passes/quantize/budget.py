@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from accelc.ir.quantized import Scheme
 from accelc.passes.quantize.calibration import Calibration, check_calibration, step_inputs
 from accelc.passes.quantize.granularity import Option, bits_of, relative_error, spend
 from accelc.passes.quantize.methods import METHODS
+from accelc.passes.quantize.patterns import exactly
 from accelc.passes.quantize.products import Matrix, find_matrices
 from accelc.passes.quantize_weights import QuantizeWeights, nothing_left
 
@@ -52,6 +54,26 @@ class Choice:
     loss: float
     size: int
 
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Choice:
+        """From what `QuantizationPlan.save` wrote. Raises ValueError, KeyError, TypeError."""
+        if not isinstance(entry, dict) or entry.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError(f"a weight has other entries than {', '.join(cls.__dataclass_fields__)}")
+        path, shape, size = entry["path"], entry["shape"], entry["size"]
+        if not isinstance(path, str):
+            raise ValueError(f"the path of a weight is {path!r}")
+        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in (*shape, size)):
+            raise ValueError(f"{path} has the shape {shape!r} and the size {size!r}")
+        scheme = str(Scheme.parse(entry["scheme"]))
+        return cls(path, tuple(shape), _number(entry["sensitivity"]), scheme, _number(entry["loss"]), size)
+
+
+def _number(value: object) -> float:
+    """A finite number of a file. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is in place of a number")
+    return float(value)
+
 
 @dataclass(frozen=True)
 class QuantizationPlan:
@@ -68,24 +90,31 @@ class QuantizationPlan:
 
     def to_pass(self, **options: Any) -> QuantizeWeights:
         """The pass that does it; `options` such as method or consume."""
-        overrides = ",".join(f"{choice.path}={choice.scheme}" for choice in self.choices)
+        overrides = ",".join(f"{exactly(choice.path)}={choice.scheme}" for choice in self.choices)
         return QuantizeWeights(scheme="none", head="none", overrides=overrides, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON. Raises InputError where no file can be written."""
         record = {"expected": self.expected, "measured": self.measured, "weights": [vars(c) for c in self.choices]}
-        Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        try:
+            Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error}", remedy="Give a file in a folder that exists."
+                             ) from error  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path) -> QuantizationPlan:
         """Read what `save` wrote. Raises InputError."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
-            choices = tuple(Choice(**{**entry, "shape": tuple(entry["shape"])}) for entry in record["weights"])
-            for choice in choices:
-                Scheme.parse(choice.scheme)
-            return cls(choices, float(record["expected"]), float(record["measured"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(record, dict) or not isinstance(record.get("weights"), list) or not record["weights"]:
+                raise ValueError("it has no list of weights")
+            choices = tuple(map(Choice.of, record["weights"]))
+            twice = [name for name, count in Counter(choice.path for choice in choices).items() if count > 1]
+            if twice:
+                raise ValueError(f"{twice[0]} is there twice")
+            return cls(choices, _number(record.get("expected")), _number(record.get("measured")))
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} holds no quantization plan: {error}",
                              remedy="Make one with accelc plan-quantize.") from error  # fmt: skip
 
@@ -106,6 +135,8 @@ def plan_quantization(
     for schemes that there are not and programs without float weights, or when even the cheapest schemes need more
     bytes, or the best lose more.
     """
+    if not isinstance(program, Program):
+        raise InputError(f"the program is a {type(program).__name__}", remedy='Give decoder.programs["step"].')
     check_calibration(calibration)
     _check_budgets(max_bytes, max_loss)
     schemes = _checked(schemes)
@@ -122,7 +153,8 @@ def plan_quantization(
     if max_bytes is not None:
         least = sum(min(o.bits for o in each) for each in options.values()) / 8
         if least > max_bytes:
-            raise InputError(f"the weights take {least:.0f} bytes at least, and max_bytes is {max_bytes:.0f}")
+            raise InputError(f"the weights take {least:.0f} bytes at least, and max_bytes is {max_bytes:.0f}",
+                             remedy="Allow more, or give coarser schemes to choose from.")  # fmt: skip
         chosen = spend(options, 8 * max_bytes)
         measured = _measure(program, chosen, exact, calibration)
     else:

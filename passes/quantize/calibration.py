@@ -20,6 +20,7 @@ from torch import Tensor
 from accelc.ir import Program
 from accelc.ir.errors import InputError
 from accelc.ir.quantized import QuantizedWeight
+from accelc.ir.token_ids import one_sequence
 from accelc.passes.quantize.products import Matrix, Product
 
 LEAST = 2
@@ -53,7 +54,7 @@ class Calibration:
         for name, size, least in (("rows", rows, 1), ("length", length, LEAST)):
             if isinstance(size, bool) or not isinstance(size, int) or size < least:
                 raise InputError(f"{name} is {size!r}", remedy=f"Give an integer of at least {least}.")
-        ids = _ids(ids)
+        ids = one_sequence(ids, "the calibration text")
         if len(ids) < LEAST:
             raise InputError(f"a calibration text of {len(ids)} tokens", remedy="Give a longer text.")
         length = min(length, len(ids))
@@ -80,23 +81,6 @@ class Calibration:
     def __repr__(self) -> str:
         rows, length = self.tokens.shape
         return f"Calibration({rows} x {length} tokens)"
-
-
-def _ids(given: object) -> Tensor:
-    """Token ids [T] int64, of a tensor, an array or a list."""
-    remedy = "Give the integers that the model's tokenizer makes of a text."
-    if isinstance(given, str | bytes):
-        raise InputError("the calibration text is a text, not token ids", remedy=remedy)
-    try:
-        ids = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"a calibration text of type {type(given).__name__}", remedy=remedy) from error
-    if ids.dim() == 2 and len(ids) == 1:
-        ids = ids[0]
-    if ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
-        found = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
-        raise InputError(f"the token ids of a calibration text are {found}", remedy=remedy)
-    return ids.to(torch.int64)
 
 
 def check_calibration(given: object) -> Calibration:

@@ -9,12 +9,13 @@ chooses by the error itself, and can take bits away too.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from accelc.ir.quantized import GROUPS, QuantizedWeight, Scheme
+from accelc.ir.quantized import GROUPS, LANES, QuantizedWeight, Scheme
 
 BASE = 128
 """The group whose bits are the budget."""
@@ -90,11 +91,9 @@ def candidates(scheme: Scheme) -> list[Scheme]:
 
 
 def bits_of(scheme: Scheme, shape: tuple[int, ...]) -> float:
-    """Bits that a matrix [..., N, K] takes."""
-    count = 1
-    for size in shape[:-1]:
-        count *= size
-    return scheme.bits_per_weight(shape[-1]) * shape[-1] * count
+    """Bits that a matrix [..., N, K] takes, its rows padded to whole lanes."""
+    *outer, rows, columns = shape
+    return scheme.bits_per_weight(columns) * columns * math.prod(outer) * (-(-rows // LANES) * LANES)
 
 
 def choose_groups(errors: Mapping[str, list[Option]], base: Mapping[str, float]) -> dict[str, Scheme]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import re
 from collections.abc import Collection
 
 from accelc.ir.errors import OptionValueError
@@ -17,11 +18,21 @@ def selected(names: Collection[str], include: str, exclude: str, *, where: str =
     """
 
     def named(patterns: str) -> set[str]:
-        each = filter(str.strip, patterns.split(","))
+        each = filter(str.strip, separated(patterns))
         return {name for pattern in each for name in matching(pattern, names, where=where, needed=needed)}
 
     wanted = named(include) - named(exclude)
     return [name for name in names if name in wanted]
+
+
+def separated(patterns: str) -> list[str]:
+    """The parts of a text between commas, but for those in brackets."""
+    return re.split(r",(?![^\[\]]*\])", patterns)
+
+
+def exactly(name: str) -> str:
+    """The pattern that matches a name alone."""
+    return re.sub(r"[*?\[,]", lambda found: f"[{found[0]}]", name)
 
 
 def matching(pattern: str, names: Collection[str], *, where: str = "", needed: bool = True) -> list[str]:

@@ -82,6 +82,11 @@ def find_matrices(program: Program) -> dict[str, Matrix]:
 
     A weight is left out when something else reads it too, or when it lies in two ways.
     """
+    return scan(program)[0]
+
+
+def scan(program: Program) -> tuple[dict[str, Matrix], list[str]]:
+    """`find_matrices`, and the names of weights of products that are left out."""
     found: dict[str, list[tuple[bool, Product]]] = defaultdict(list)
     lookups: dict[str, list[fx.Node]] = defaultdict(list)
     refused: set[str] = set()
@@ -96,15 +101,16 @@ def find_matrices(program: Program) -> dict[str, Matrix]:
                 found[path].append((lies_turned(reader, turned), product))
             else:
                 refused.add(path)
-    matrices = {}
+    matrices, left = {}, []
     for path in {**found, **lookups}:
         ways = {turned for turned, _ in found[path]}
         if path in refused or len(ways) > 1 or (lookups[path] and True in ways):
+            left += [path] if found[path] else []
             continue
         products = [product for _, product in found[path]]
         router = any(_chooses(product.node) for product in products)
         matrices[path] = Matrix(path, True in ways, products, lookups[path], router)
-    return matrices
+    return matrices, left
 
 
 def head_of(program: Program, matrices: Mapping[str, Matrix]) -> str | None:

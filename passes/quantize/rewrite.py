@@ -43,15 +43,24 @@ def stem(path: str) -> str:
     return f"{path.removesuffix('.weight')}.quantized" if path.endswith(".weight") else f"{path}_quantized"
 
 
+def _free_stem(program: Program, path: str) -> str:
+    """The stem of a weight, longer where the model has something of that name."""
+    name, taken = stem(path), program.tensors()
+    while any(each == name or each.startswith(f"{name}.") for each in taken):
+        name += "_"
+    return name
+
+
 def _attributes(program: Program, path: str, made: QuantizedWeight) -> list[fx.Node | None]:
     """Attribute nodes of codes, scales and zeros; None for what the scheme does not have."""
     graph, first = program.graph, next(iter(program.graph.nodes))
     nodes: list[fx.Node | None] = []
+    base = _free_stem(program, path)
     for part, tensor in (("codes", made.codes), ("scales", made.scales), ("zeros", made.zeros)):
         if tensor is None:
             nodes.append(None)
             continue
-        name = f"{stem(path)}.{part}"
+        name = f"{base}.{part}"
         store(program.module, name, tensor)
         with graph.inserting_before(first):
             nodes.append(graph.get_attr(name))

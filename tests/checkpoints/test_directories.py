@@ -133,6 +133,8 @@ def test_all_problems_are_in_one_error(directory: Path) -> None:
         ({"checkpoint_format": "marlin"}, r"checkpoint_format is 'marlin'[\s\S]*gptq_v2"),
         ({"quant_method": "awq", "version": "gemv"}, r"version is 'gemv'[\s\S]*gemm"),
         ({"quant_method": "compressed-tensors"}, "config_groups"),
+        ({"dynamic": {"[": {}}}, r"dynamic has the pattern '\['"),
+        ({"dynamic": [1]}, "dynamic is no object of objects"),
         ({"quant_method": "accelc", "version": 9}, "version is 9"),
     ],
 )
@@ -264,20 +266,115 @@ def test_codes_are_not_taken_for_floats_nor_floats_for_codes(tmp_path: Path) -> 
         tensors[f"{ATTENTION}.weight"] = torch.ones(64, 64)
 
     edit(path, lambda tensors: None)
-    with pytest.raises(CheckpointError, match=r"headers of the files lack 'accelc\.schemes'"):
+    with pytest.raises(CheckpointError, match=r"header of model\.safetensors lacks 'accelc\.modules'"):
         load_model(path)
     edit(path, change, metadata)
     with pytest.raises(CheckpointError, match=r"q_proj\.weight \(float32 .*\) is in place of the codes of .*q_proj"):
         load_model(path)
+    edit(path, lambda tensors: [tensors.pop(f"{ATTENTION}.weight")], metadata)
+    with pytest.raises(CheckpointError, match=r"q_proj lacks codes, scales: save_quantized wrote codes, scales"):
+        load_model(path)
     config = json.loads((path / "config.json").read_text())
     for given, text in (
         (None, "hold quantized weights, and its config.json has no quantization_config"),
+        ({}, "hold quantized weights, and its config.json has no quantization_config"),
         ("accelc", "quantization_config is 'accelc', no object"),
         ([4], r"quantization_config is \[4\], no object"),
     ):
         (path / "config.json").write_text(json.dumps({**config, "quantization_config": given}))
-        with pytest.raises(CheckpointError, match=text):
-            load_model(path)
+        for load in (load_model, load_quantized):
+            with pytest.raises(CheckpointError, match=text if given is None or load is load_model else ""):
+                load(path)
+
+
+def own_copy(tmp_path: Path, **options: Any) -> Path:
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "float")
+    save_quantized(load_quantized(tmp_path / "float", "int4:g32"), tmp_path / "own", **options)
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"intermediate_size": 120}, r"(gate|up|down)_proj was saved as a matrix .*128.* config\.json wants .*120"),
+        ({"vocab_size": 98}, r"lm_head was saved as a matrix \[97, 64\], and config\.json wants \[98, 64\]|\[97, 64\]"),
+    ],
+)
+def test_sizes_that_padding_would_hide_are_compared(change: dict[str, int], text: str, tmp_path: Path) -> None:
+    path = own_copy(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=text):
+        load_model(path)
+
+
+def test_a_bias_that_the_model_has_not_is_zero_or_an_error(directory: Path, tmp_path: Path) -> None:
+    bare = load_model(directory).state_dict()
+    edit(directory, lambda t: t.update({f"{PROJECTION}.bias": torch.zeros(128)}))
+    assert load_model(directory).state_dict().keys() == bare.keys()
+    edit(directory, lambda t: t.update({f"{PROJECTION}.bias": torch.ones(128)}))
+    with pytest.raises(CheckpointError, match=r"up_proj\.bias is unexpected"):
+        load_model(directory)
+    path = own_copy(tmp_path / "more")
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    edit(path, lambda t: t.update({f"{PROJECTION}.bias": torch.zeros(128)}), metadata)
+    with pytest.raises(CheckpointError, match=r"up_proj has bias besides: save_quantized wrote codes, scales"):
+        load_model(path)
+
+
+def test_shards_are_of_one_model(tmp_path: Path) -> None:
+    path = own_copy(tmp_path, shard=9000)
+    other = tmp_path / "other"
+    save_quantized(load_quantized(tmp_path / "float", "int4:g64"), other, shard=9000)
+    first = sorted(path.glob("*.safetensors"))[0].name
+    load_model(path)
+    (path / first).write_bytes((other / first).read_bytes())
+    with pytest.raises(CheckpointError, match=r"are not of one model|which is not there"):
+        load_model(path)
+
+
+def test_numbers_that_are_none_are_named(directory: Path, tmp_path: Path) -> None:
+    edit(directory, lambda t: t[f"{PROJECTION}.scales"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"the scales of .*up_proj hold NaN"):
+        load_model(directory)
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "float")
+    edit(tmp_path / "float", lambda t: t["model.norm.weight"].fill_(1e6))
+    load_quantized(tmp_path / "float")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds NaN or infinite values in float16"):
+        load_quantized(tmp_path / "float", dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "64"}, {"num_attention_heads": 0}, {"hidden_size": -64}, {"dtype": "foo"},
+     {"rope_parameters": [1]}, {"num_hidden_layers": None}, {"pad_token_id": 500}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("load", [load_model, load_quantized])
+def test_numbers_that_make_no_model_are_named(change: dict[str, Any], load: Any, tmp_path: Path) -> None:
+    FAMILIES["llama"].build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=r"no model can be made of .*config\.json"):
+        load(tmp_path)
+
+
+def test_code_in_a_directory_is_not_asked_for(tmp_path: Path) -> None:
+    FAMILIES["llama"].build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (load_model, load_quantized):
+        with pytest.raises(CheckpointError, match="no model can be made"):
+            load(tmp_path)
+
+
+def test_settings_of_generating_are_named_by_themselves(tmp_path: Path) -> None:
+    FAMILIES["llama"].build().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read"):
+        load_quantized(tmp_path)
 
 
 def test_no_model_can_be_made_of_the_configuration(directory: Path) -> None:

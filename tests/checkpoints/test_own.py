@@ -64,9 +64,14 @@ def test_options_choose(llama: tuple[torch.nn.Module, Path]) -> None:
         ({"method": "magic"}, OptionValueError, "hqq"),
         ({"method": "awq"}, OptionValueError, r"accelc\.compile"),
         ({"exclude": "*"}, OptionValueError, "no weight is left"),
+        ({"scheme": "none"}, OptionValueError, "no weight is left"),
+        ({"scheme": None}, OptionValueError, "scheme is None, not a text"),
+        ({"include": ["*"]}, OptionValueError, "include is"),
+        ({"method": ["rtn"]}, OptionValueError, "no method"),
+        ({"source": 3}, InputError, "source is 3"),
     ):
         with pytest.raises(error, match=text):
-            load_quantized(path, **options)
+            load_quantized(**{"source": path, **options})
 
 
 def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
@@ -144,8 +149,16 @@ def test_a_converted_model_is_saved_as_it_is(llama: tuple[torch.nn.Module, Path]
     wanted, got = model.state_dict(), loaded.state_dict()
     assert wanted.keys() == got.keys()
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    assert {n: t.dtype for n, t in wanted.items()} == {n: t.dtype for n, t in got.items()}
     with pytest.raises(InputError, match="float64"):
         save_quantized(model.double(), tmp_path / "double")
+
+
+def test_a_converted_table_gives_the_new_dtype(tmp_path: Path) -> None:
+    FAMILIES["llama_tied"].build().save_pretrained(tmp_path)
+    model = load_quantized(tmp_path).to(torch.bfloat16)
+    assert isinstance(model.model.embed_tokens, QuantizedEmbedding)
+    assert model(torch.tensor([[5, 6]])).logits.dtype is torch.bfloat16
 
 
 def test_stacks_of_experts_are_announced_as_floats(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,6 +175,11 @@ def test_what_cannot_be_saved(llama: tuple[torch.nn.Module, Path], tmp_path: Pat
     with pytest.raises(CheckpointError, match="holds weights already"):
         save_quantized(model, path)
     (tmp_path / "file").write_text("")
+    for given, text in (({"directory": None}, "directory is None"), ({"source": 3}, "source is 3"),
+                        ({"source": "/no/such"}, "no directory /no/such"), ({"model": "x"}, "the model is a str"),
+                        ({"directory": tmp_path / "file" / "below"}, "cannot be written")):  # fmt: skip
+        with pytest.raises(InputError, match=text):
+            save_quantized(**{"model": model, "directory": tmp_path / "new", **given})
     with pytest.raises(CheckpointError, match="is a file"):
         save_quantized(model, tmp_path / "file")
     for shard in ("5GB", 0, 1.5, True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def test_plans_are_files(step: Program, text: Calibration, tmp_path: Path) -> No
     plan = plan_quantization(step, text, max_bytes=1e9)
     plan.save(tmp_path / "plan.json")
     assert QuantizationPlan.load(tmp_path / "plan.json") == plan
+    with pytest.raises(InputError, match="cannot be written"):
+        plan.save(tmp_path / "none" / "plan.json")
     (tmp_path / "plan.json").write_text('{"weights": [{"path": "a"}]}')
     with pytest.raises(InputError, match="no quantization plan"):
         QuantizationPlan.load(tmp_path / "plan.json")
@@ -80,12 +83,67 @@ def test_plans_are_files(step: Program, text: Calibration, tmp_path: Path) -> No
      ({"max_loss": float("inf")}, "max_loss is inf"), ({"max_bytes": True}, "max_bytes is True"),
      ({"max_bytes": 1e6, "schemes": []}, r"schemes is \[\]"),
      ({"max_bytes": 1e6, "schemes": "int4"}, "schemes is 'int4'"),
+     ({"max_bytes": 1e6, "schemes": [4]}, "unknown quantization scheme 4"),
+     ({"max_bytes": 1e6, "program": None}, "the program is a NoneType"),
      ({"max_bytes": 1e6, "schemes": ["int5"]}, "unknown quantization scheme 'int5'"),
      ({"max_bytes": 1e6, "calibration": torch.zeros(2, 8).long()}, r"calibration is a Tensor[\s\S]*of_text")],
 )  # fmt: skip
 def test_budgets_that_cannot_be_kept_are_named(step: Program, text: Calibration, options: dict, match: str) -> None:
     with pytest.raises(InputError, match=match):
-        plan_quantization(step, **{"calibration": text, **options})
+        plan_quantization(**{"program": step, "calibration": text, **options})
+
+
+def test_a_budget_counts_what_codes_take(step: Program, text: Calibration) -> None:
+    """Rows of padding too: the head has 97."""
+    plan = plan_quantization(step, text, max_bytes=50_000)
+    made = Pipeline([plan.to_pass()]).run(step)
+    taken = sum(t.nbytes for name, t in made.tensors().items() if ".quantized." in name)
+    assert plan.size == taken <= 50_000
+
+
+def test_plans_of_any_names_are_passes() -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(97, 32)
+            names = ("a,b", "a=b", "[z]", "*")
+            self.parts = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32) for name in names})
+            self.head = torch.nn.Linear(32, 97)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.embed(tokens)
+            for part in self.parts.values():
+                x = part(x).relu()
+            return self.head(x)  # type: ignore[no-any-return]
+
+    program = capture(Odd().eval(), max_length=16)
+    plan = plan_quantization(program, Calibration(torch.randint(3, 90, (2, 8))), max_bytes=1e6, schemes=["int8"])
+    assert len(plan.choices) == 5
+    assert Pipeline([plan.to_pass()]).run(program).history[-1].matches == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheme": None},
+        {"size": "x"},
+        {"path": None},
+        {"more": 1},
+        {"shape": 3},
+        {"size": -5},
+        {"loss": "x"},
+        {"loss": float("nan")},
+        {"shape": "ab"},
+    ],
+)
+def test_plans_that_were_edited_are_named(change: dict, step: Program, text: Calibration, tmp_path: Path) -> None:
+    plan_quantization(step, text, max_bytes=1e9).save(tmp_path / "plan.json")
+    record = json.loads((tmp_path / "plan.json").read_text())
+    record["weights"][1] |= change
+    assert record["weights"][0]["path"] != record["weights"][1]["path"]
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"no quantization plan|unknown quantization scheme None"):
+        QuantizationPlan.load(tmp_path / "plan.json")
 
 
 def test_a_quantized_program_has_nothing_to_plan(step: Program, text: Calibration) -> None:
@@ -100,7 +158,9 @@ def test_a_quantized_program_has_nothing_to_plan(step: Program, text: Calibratio
         ({"ids": "some text"}, "a text, not token ids"),
         ({"ids": [0.5, 1.0, 2.0]}, r"float32 \[3\]"),
         ({"ids": [True, False, True]}, r"bool \[3\]"),
-        ({"ids": object()}, "of type object"),
+        ({"ids": object()}, "of type object, which makes"),
+        ({"ids": torch.ones(4).to_sparse()}, "sparse"),
+        ({"ids": torch.ones(4, device="meta")}, "on meta"),
         ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, r"int64 \[2, 3\]"),
         ({"ids": [1]}, "of 1 tokens"),
         ({"ids": []}, "of 0 tokens"),

@@ -241,6 +241,7 @@ def test_scales_move_from_norms_to_weights_and_change_nothing_but_the_rounding(f
         ({"method": "gptq"}, OptionValueError, "calibration"),
         ({"overrides": "*q_proj*"}, OptionValueError, "pattern=scheme"),
         ({"overrides": "*q_pro=int8"}, OptionValueError, "matches no weight"),
+        ({"overrides": "*q_proj*=int5"}, InputError, "unknown quantization scheme 'int5'"),
         ({"overrides": "*q_proj*=int8", "exclude": "*q_proj*"}, OptionValueError, "leave out"),
         ({"scheme": "int4:g32:g64"}, InputError, "its group twice"),
         ({"scheme": "int4:sym:asym"}, InputError, "its symmetry twice"),
@@ -279,6 +280,9 @@ def test_weights_too_large_for_the_dtype_of_scales_are_named(method: str) -> Non
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is too large for scales in float16"):
         Pipeline([QuantizeWeights("int4:fp16", method=method, calibration=text)]).run(step)
     Pipeline([QuantizeWeights("int4", method=method, calibration=text)]).run(step)
+    with pytest.raises(InputError, match="too large"):
+        Pipeline([QuantizeWeights("int4:fp16", consume=True)]).run(step)
+    assert all(p.untyped_storage().nbytes() for p in model.parameters())
 
 
 def test_inputs_that_are_no_numbers_on_the_text_are_named() -> None:
@@ -312,6 +316,32 @@ class Factors(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(self.second(self.first(self.embed(tokens))))  # type: ignore[no-any-return]
+
+
+class Otherwise(torch.nn.Module):
+    """A weight that is multiplied in two ways, and one with a neighbour called as its codes would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(97, 64)
+        self.w, self.both = (torch.nn.Parameter(torch.randn(64, 64) / 8) for _ in range(2))
+        self.w_quantized = torch.nn.Parameter(torch.randn(64, 64) / 8)
+        self.head = torch.nn.Linear(64, 97)
+        self.head.register_buffer("quantized", torch.zeros(1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens) @ self.both @ self.both.T
+        x = torch.nn.functional.linear(torch.nn.functional.linear(x, self.w), self.w_quantized)
+        return self.head(x) + self.head.quantized  # type: ignore[no-any-return, operator]
+
+
+def test_names_that_are_taken_and_weights_that_are_read_otherwise() -> None:
+    torch.manual_seed(0)
+    step = step_pipeline().run(capture(Otherwise().eval(), max_length=32))
+    made = Pipeline([QuantizeWeights("int8:g32")]).run(step)
+    assert made.history[-1].matches == 3
+    assert "1 weights stay floats, as not only products as they lie read them: both" in made.history[-1].notes
+    assert float((logits(made) - logits(step)).abs().max()) < 0.05
 
 
 def test_a_head_is_int8_with_int4_and_as_the_rest_otherwise() -> None:
