@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import accelc
-from accelc.command import DTYPE, MODEL, QUANTIZE, compiled, drafting, errors, named_errors, training, trees
+from accelc.command import DTYPE, MODEL, QUANTIZE, compiled, drafting, errors, named_errors, roofline, training, trees
 from accelc.demo import main as demo
 
 EXAMPLES = """Examples, with a directory written by save_pretrained:
@@ -35,6 +35,7 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("train-heads", epilog=training.EXAMPLES)(training.train_heads)
 app.command("tune-tree", epilog=trees.EXAMPLES)(trees.tune_tree)
+app.command("roofline", epilog=roofline.EXAMPLES)(roofline.roofline)
 
 EVAL_EXAMPLES = """Examples:
 

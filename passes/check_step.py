@@ -65,11 +65,16 @@ def check_step(
     run = run or step.run
     capacity = capacity or length + 16
 
-    def states() -> list[Tensor]:  # of one way at a time
-        return [s.allocate(2, capacity, device) for s in step.states]
+    device, made = step.device, list[Tensor]()
+
+    def states() -> list[Tensor]:
+        """Zeros, in the same tensors for one way after the other: they are the largest that a check needs."""
+        made.extend(s.allocate(2, capacity, device) for s in step.states[len(made) :])
+        for state in made:
+            state.zero_()
+        return made
 
     generator = torch.Generator().manual_seed(seed)
-    device = step.device
     tokens = draw_tokens(forward, 2, length, generator)
     thorough = length > QUICK
     # Later tokens are changed in copies beside the original: two runs would read the weights twice.

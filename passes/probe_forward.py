@@ -27,7 +27,8 @@ def draw_tokens(forward: Program, batch: int, length: int, generator: torch.Gene
     special = torch.tensor(sorted(i for i in compared_ids(forward) if 0 <= i < vocabulary), dtype=torch.int64)
     if len(special):
         chosen = special[torch.randint(0, len(special), (batch, length), generator=generator)]
-        tokens = torch.where(torch.rand(batch, length, generator=generator) < SHARE, chosen, tokens)
+        drawn = torch.rand(batch, length, generator=generator, dtype=torch.float32)
+        tokens = torch.where(drawn < SHARE, chosen, tokens)
     return tokens.to(forward.device)
 
 
@@ -64,7 +65,7 @@ def rounding_noise(forward: Program, tokens: Tensor, expected: Tensor, generator
                 return result
             if result.dtype not in (torch.bfloat16, torch.float16):
                 return result
-            noise = torch.rand(result.shape, generator=generator).to(result.device) * 2 - 1
+            noise = torch.rand(result.shape, generator=generator, dtype=torch.float32).to(result.device) * 2 - 1
             return (result.float() * (1 + noise * torch.finfo(result.dtype).eps)).to(result.dtype)
 
     with torch.no_grad():

@@ -117,7 +117,7 @@ def probe_positions(longest: int, rows: int) -> Tensor:
     """Query positions [R]: all when they fit, else the first, the last and evenly spread ones."""
     if longest <= rows:
         return torch.arange(longest)
-    spread = torch.linspace(0, longest - 1, rows - 8).long()
+    spread = torch.linspace(0, longest - 1, rows - 8, dtype=torch.float64).long()
     return torch.unique(torch.cat([torch.arange(4), spread, torch.arange(longest - 4, longest)]))
 
 

@@ -285,3 +285,23 @@ def test_eos_is_checked_and_an_id_of_the_configuration_that_cannot_occur_is_note
     decoder = accelc.compile(model, max_length=16, cache=False, backend="eager", check="off")
     assert decoder.eos == {3}
     assert any("50256" in notice and "97" in notice for notice in decoder.report.notices)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    """As those set it who make models in half precision."""
+    model, ids = FAMILIES["llama"].build(), torch.arange(3, 43)
+    text = accelc.Calibration.of_text(ids, rows=2, length=16)
+    options = (None, accelc.QuantizeWeights("int8:g32", method="gptq", calibration=text))
+
+    def tokens() -> list[Tensor]:
+        decoders = [accelc.compile(model, max_length=300, quantize=one, cache=False) for one in options]
+        return [decoder.generate(ids[:5], max_new_tokens=9).tokens[0] for decoder in decoders]
+
+    wanted, kept = tokens(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = tokens()
+    finally:
+        torch.set_default_dtype(kept)
+    assert all(torch.equal(one, other) for one, other in zip(wanted, got, strict=True))

@@ -17,7 +17,9 @@ def one_sequence(given: object, what: str) -> Tensor:
     try:
         ids = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{what} is of type {type(given).__name__}, which makes no token ids", remedy=REMEDY) from error
+        raise InputError(
+            f"{what} is of type {type(given).__name__}, which makes no token ids", remedy=REMEDY
+        ) from error
     if ids.layout is not torch.strided or ids.is_meta:
         raise InputError(f"{what} is a {ids.layout} tensor on {ids.device}", remedy=REMEDY)
     if ids.dim() == 2 and len(ids) == 1:

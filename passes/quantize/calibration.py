@@ -59,7 +59,7 @@ class Calibration:
             raise InputError(f"a calibration text of {len(ids)} tokens", remedy="Give a longer text.")
         length = min(length, len(ids))
         rows = min(rows, len(ids) // length)
-        starts = torch.linspace(0, len(ids) - length, rows).long()
+        starts = torch.linspace(0, len(ids) - length, rows, dtype=torch.float64).long()
         return cls(torch.stack([ids[s : s + length] for s in starts]))
 
     def pieces(self, program: Program) -> list[Tensor]:

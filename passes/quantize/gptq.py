@@ -45,11 +45,11 @@ def gptq(
     order = torch.argsort(importance, descending=True) if by_importance else torch.arange(columns)
     work, scale, zero = work[:, order], scale[:, order], zero[:, order]
     upper = _inverse_factor(hessian[order][:, order], damping)
-    codes = torch.empty(rows, columns)
+    codes = torch.empty(rows, columns, dtype=torch.float32)
     step = torch.where(scale == 0, 1.0, scale)
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
-        errors = torch.zeros(rows, end - begin)
+        errors = torch.zeros(rows, end - begin, dtype=torch.float32)
         for i in range(begin, end):
             column = work[:, i]
             code = (column / step[:, i] + zero[:, i]).round_().clamp_(0, scheme.levels - 1)

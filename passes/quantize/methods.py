@@ -52,7 +52,7 @@ def calibrated(
 def second_moment(pieces: Sequence[Tensor]) -> Tensor:
     """mean(x x^T) [K, K] of the rows [M, K] of all pieces, in fp32."""
     columns = pieces[0].shape[-1]
-    total = torch.zeros(columns, columns, device=pieces[0].device)
+    total = torch.zeros(columns, columns, dtype=torch.float32, device=pieces[0].device)
     for piece in pieces:
         rows = piece.float()
         total.addmm_(rows.T, rows)
