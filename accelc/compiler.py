@@ -15,7 +15,7 @@ from torch import nn
 from accelc.arguments import check_choice, check_types
 from accelc.backend_options import optional
 from accelc.capture import load_model
-from accelc.checkpoints import quantization_of, quantize_linears
+from accelc.checkpoints import load_quantized, quantization_of
 from accelc.codegen import CompiledStep, Options, compile_program, prepare
 from accelc.codegen.gpu.step import GpuStep
 from accelc.codegen.native import has_byte_products
@@ -251,7 +251,7 @@ def load_model_for(
         log.info("%s is read whole and then quantized: patterns, calibration and chosen groups need the program", path)
         return load_model(path, dtype=dtype), replace(quantizing, consume=True)
     options = {"head": quantizing.head, "method": quantizing.method}
-    return quantize_linears(path, quantizing.scheme, dtype=dtype, **options), left
+    return load_quantized(path, quantizing.scheme, dtype=dtype, quiet=True, **options), left  # type: ignore[arg-type]
 
 
 def ignores_activation_bits(step: Program, backend: Backend) -> str:

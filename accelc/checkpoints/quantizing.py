@@ -34,6 +34,7 @@ def load_quantized(
     include: str = "*",
     exclude: str = "",
     dtype: torch.dtype | None = None,
+    quiet: bool = False,
 ) -> nn.Module:
     """The transformers causal LM of a directory with float safetensors weights, its linears quantized as they are read.
 
@@ -41,33 +42,13 @@ def load_quantized(
     the head's, ``head`` ("": int8 with int4, else as the others), "none" for either that stays as it is, ``method``,
     and ``include`` and ``exclude``, patterns of weight names separated by commas. An embedding tied to the head reads
     its codes, unless it does more than look up. `dtype` is that of the parts that are not quantized, default: the
-    configuration's. Stacks of experts stay floats, with a warning, and chosen groups ("int4:auto") are not made: only a
-    program tells how a stack is multiplied by, and what groups cost it. `accelc.compile(directory, quantize=...)` does
-    both.
+    configuration's. Stacks of experts stay floats, with a warning unless `quiet`, and chosen groups ("int4:auto") are
+    not made: only a program tells how a stack is multiplied by, and what groups cost it. `accelc.compile(directory,
+    quantize=...)` does both.
 
     Raises CheckpointError, CheckpointFormatError (it is quantized already), OptionValueError, InputError (scheme,
     weights that are not finite).
     """
-    model = quantize_linears(source, scheme, head=head, method=method, include=include, exclude=exclude, dtype=dtype)
-    if stacks := _stacks(model):
-        log.warning(
-            "%d stacks of matrices stay floats, the first: %s; accelc.compile(%r, quantize=...) quantizes them too",
-            len(stacks), stacks[0], str(source),
-        )  # fmt: skip
-    return model
-
-
-def quantize_linears(
-    source: str | Path,
-    scheme: str,
-    *,
-    head: str = "",
-    method: str = "rtn",
-    include: str = "*",
-    exclude: str = "",
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """What `load_quantized` does, without a warning of what is left to do."""
     if not isinstance(source, str | Path):
         raise InputError(f"source is {source!r}", remedy="Give the path of a directory.")
     path = Path(source)
@@ -109,6 +90,11 @@ def quantize_linears(
         put(model, module_path, made)
         _settle(model, plan, target, made)
     load_rest(model, files, plan)
+    if not quiet and (stacks := _stacks(model)):
+        log.warning(
+            "%d stacks of matrices stay floats, the first: %s; accelc.compile(%r, quantize=...) quantizes them too",
+            len(stacks), stacks[0], str(source),
+        )  # fmt: skip
     return model
 
 

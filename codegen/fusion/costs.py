@@ -52,14 +52,6 @@ class Numbers:
     def bytes(self) -> float:
         return self.weights + self.states + self.values
 
-    def __add__(self, other: Numbers) -> Numbers:
-        return Numbers(
-            self.weights + other.weights,
-            self.states + other.states,
-            self.values + other.values,
-            self.flops + other.flops,
-        )
-
 
 def cost_of(values: Values, nodes: Collection[fx.Node], kept: Collection[fx.Node]) -> Cost:
     """What computing `nodes` in one kernel costs; `kept`: those of them that others read."""
