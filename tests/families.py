@@ -11,7 +11,9 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import pytest
 from models import library, plain
 from torch import nn
 
@@ -75,3 +77,13 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _library() + _p
 def names(*expected: Expect) -> list[str]:
     """Names of the families with one of the given expectations; all when none is given."""
     return [family.name for family in FAMILIES.values() if not expected or family.expect in expected]
+
+
+ONE_OF_EACH = ("llama", "gpt2", "gemma2", "bloom", "deepseek_v3", "gpt_oss", "llama4_text", "mixtral")
+"""Grouped heads, no groups, soft caps, ALiBi, latents, sinks, chunks, experts."""
+
+
+def sampled() -> list[Any]:
+    """The families with a step for a test that takes long: one of each kind, and the others as slow tests."""
+    others = [pytest.param(name, marks=pytest.mark.slow) for name in names(Expect.DERIVED) if name not in ONE_OF_EACH]
+    return [*ONE_OF_EACH, *others]

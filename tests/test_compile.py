@@ -287,8 +287,7 @@ def test_eos_is_checked_and_an_id_of_the_configuration_that_cannot_occur_is_note
     assert any("50256" in notice and "97" in notice for notice in decoder.report.notices)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+def test_torchs_default_dtype_changes_nothing() -> None:
     """As those set it who make models in half precision."""
     model, ids = FAMILIES["llama"].build(), torch.arange(3, 43)
     text = accelc.Calibration.of_text(ids, rows=2, length=16)
@@ -299,7 +298,7 @@ def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
         return [decoder.generate(ids[:5], max_new_tokens=9).tokens[0] for decoder in decoders]
 
     wanted, kept = tokens(), torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         got = tokens()
     finally:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.fx as fx
 from codegen_gpu import interpreted_launches
-from families import FAMILIES, Expect, names
+from families import FAMILIES, sampled
 from torch import Tensor
 
 from accelc.capture import capture
@@ -61,16 +59,7 @@ def inputs(program: Program, n: int) -> list[Tensor]:
     return [*(given[name] for name in program.inputs), *states]
 
 
-ONE_OF_EACH = ("llama", "gpt2", "gemma2", "bloom", "deepseek_v3", "gpt_oss", "llama4_text", "mixtral")
-"""Grouped heads, no groups, soft caps, ALiBi, latents, sinks, chunks, experts; the others are slow tests."""
-
-
-def all_families() -> list[Any]:
-    others = [pytest.param(name, marks=pytest.mark.slow) for name in names(Expect.DERIVED) if name not in ONE_OF_EACH]
-    return [*ONE_OF_EACH, *others]
-
-
-@pytest.mark.parametrize("family", all_families())
+@pytest.mark.parametrize("family", sampled())
 def test_steps_with_kernels(family: str) -> None:
     step = step_pipeline().run(capture(FAMILIES[family].build(), max_length=48))
     verify = verify_pipeline().run(step)
