@@ -113,7 +113,8 @@ class QuantizeWeights(Pass):
                 parse_scheme(text)
         for pattern, text in self._overrides():
             try:
-                _ = None if text == NONE else parse_scheme(text)
+                if text != NONE:
+                    parse_scheme(text)
             except InputError as error:
                 raise InputError(error.what, where=f"the override of {pattern!r}", remedy=error.remedy) from error
         if not isinstance(self.consume, bool):

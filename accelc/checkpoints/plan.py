@@ -188,7 +188,7 @@ class _Planner:
             fits = entry.dtype.is_floating_point and entry.dtype.itemsize > 1
         else:
             fits = entry.dtype == like.dtype
-        if not fits or entry.shape != (entry.shape if shape is None else tuple(shape)):
+        if not fits or (shape is not None and entry.shape != tuple(shape)):
             expected = str(like.dtype).removeprefix("torch.") + ("" if shape is None else f" {list(shape)}")
             self.problems.append(f"{name} is {entry}, expected {expected}")
 

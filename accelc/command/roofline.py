@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from accelc.command.shared import DTYPE, MODEL, QUANTIZE, errors, named_errors
+from accelc.command.shared import DTYPE, MODEL, QUANTIZE, compiled, errors, named_errors
 
 EXAMPLES = """Examples:
 
@@ -28,21 +28,13 @@ def roofline(
     json_out: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Model the regions of a model's step, their bytes and what they take at best on named hardware."""
-    import accelc
-    from accelc.command.shared import dtype_of
-    from accelc.compiler import load_model_for, quantization
     from accelc.roofline import hardware as named
     from accelc.roofline import roofline as modelled
 
     with named_errors():
         on = named(hardware)
-        with errors.status("loading the model ...") as status:
-            loaded, left = load_model_for(model, quantization(quantize), dtype=dtype_of(dtype))
-            decoder = accelc.compile(
-                loaded, quantize=left, backend="eager", check="off",
-                progress=lambda stage: status.update(f"deriving the step: {stage} ..."),
-            )  # fmt: skip
-            status.update("modelling ...")
+        decoder = compiled(model, None, dtype, quantize, eager=True, text=False, check="off")
+        with errors.status("modelling ..."):
             found = modelled(decoder.programs["step"], on, batch=batch, new=new_tokens, context=context)
     if json_out:
         typer.echo(json.dumps({"model": str(model), "quantize": quantize, **found.record()}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -35,15 +35,24 @@ def dtype_of(name: str | None) -> Any:
     return dtypes[name]
 
 
-def compiled(model: Path, max_length: int | None, dtype: str | None, quantize: str | None, eager: bool) -> Any:
-    """The decoder of a directory."""
+def compiled(
+    model: Path,
+    max_length: int | None,
+    dtype: str | None,
+    quantize: str | None,
+    eager: bool,
+    *,
+    text: bool = True,
+    check: Literal["quick", "off"] = "quick",
+) -> Any:
+    """The decoder of a directory; `text`: it needs a tokenizer."""
     from transformers.utils import logging as transformers_logging
 
     from accelc.compiler import load_model_for, load_tokenizer, quantization
 
     kept_in = dtype_of(dtype)
     tokenizer = load_tokenizer(model)
-    if tokenizer is None and (model / "config.json").is_file():
+    if text and tokenizer is None and (model / "config.json").is_file():
         raise InputError(
             f"no tokenizer in {model}", remedy="Save one beside the model: tokenizer.save_pretrained(directory)."
         )
@@ -56,6 +65,7 @@ def compiled(model: Path, max_length: int | None, dtype: str | None, quantize: s
             tokenizer=tokenizer,
             quantize=left,
             backend="eager" if eager else "native",
+            check=check,
             progress=lambda stage: status.update(f"compiling: {stage} ..."),
         )
 

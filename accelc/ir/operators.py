@@ -19,6 +19,9 @@ NAMESPACES: Collection[str] = ("aten", "accelc")
 REFUSED = frozenset({"aten.from_file.default", "aten.from_file.out"})
 """Operators that reach outside the program's tensors."""
 
+GROUPED = ("transformers::grouped_mm_fallback", "aten::_grouped_mm")
+"""Products of rows, sorted by expert, with a stack of matrices [E, K, N]; the third argument has the experts' ends."""
+
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ARITY: dict[types.ModuleType, dict[int, tuple[str, ...]]] = {
     operator: {
@@ -39,6 +42,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], int]] = {
     for name in names
 }
 _NAMES = {function: name for name, (function, _) in FUNCTIONS.items()}
+
+
+def schema_name(target: object) -> str:
+    """The name of an operator without its overload, such as "aten::add"; "" for what is none."""
+    return target.name().split(".")[0] if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def target_name(target: object) -> str:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import sympy
 import torch.fx as fx
 
-from accelc.codegen.fusion.regions import product_rows
-from accelc.codegen.fusion.roles import GROUPED, LOOKUPS, Role, schema_name
+from accelc.codegen.fusion.roles import LOOKUPS, Role, by_expert, product_rows
 from accelc.codegen.fusion.values import BATCH, CONTEXT, NEW, SLOTS, Values
 
 ZERO = sympy.Integer(0)
@@ -103,7 +102,7 @@ def _looked_up(values: Values, node: fx.Node, attribute: fx.Node, view: fx.Node)
 def _weight(values: Values, node: fx.Node, attribute: fx.Node) -> sympy.Expr:
     """Bytes of a weight that a node reads: of a stack of experts those that are chosen at most, and else all."""
     size = values.nbytes(attribute)
-    if schema_name(node) in GROUPED and attribute.meta["val"].dim() >= 3:
+    if by_expert(node) and attribute.meta["val"].dim() >= 3:
         experts = attribute.meta["val"].shape[0]
         return size / experts * _least(values.size(product_rows(node), 0), sympy.Integer(experts))
     return size

@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+import networkx as nx
 import sympy
 import torch
 import torch.fx as fx
 
 from accelc.codegen.fusion.costs import Cost, cost_of, total
-from accelc.codegen.fusion.regions import KERNELS, Form, Group, Rules, product_rows
+from accelc.codegen.fusion.regions import KERNELS, Form, Group, Rules
 from accelc.codegen.fusion.roles import Role
 from accelc.codegen.fusion.values import BATCH, CONTEXT, NEW, SLOTS, Values
 from accelc.codegen.schedule import Region
@@ -56,7 +57,6 @@ class Fusion:
     def __init__(self, values: Values, groups: list[Group]) -> None:
         self.values = values
         self.program = values.program
-        outputs = {values.root[n] for n in self.program.graph.output_node().all_input_nodes}
         readers = {node: set[fx.Node]() for node in values.work}
         for node in values.work:
             for root in values.reads(node):
@@ -65,7 +65,7 @@ class Fusion:
         self.regions: list[Fused] = []
         for number, group in enumerate(_sorted(values, groups)):
             inside = set(group.nodes)
-            kept = tuple(n for n in group.nodes if n in outputs or readers[n] - inside)
+            kept = tuple(n for n in group.nodes if n in values.outputs or readers[n] - inside)
             cost = cost_of(values, group.nodes, kept)
             self.regions.append(Fused(number, _kind(group), group.form, tuple(group.nodes), kept, cost))
 
@@ -77,10 +77,7 @@ class Fusion:
     @functools.cached_property
     def floor(self) -> Cost:
         """Of a step that keeps everything but its outputs on the chip."""
-        outputs = [self.values.root[n] for n in self.program.graph.output_node().all_input_nodes]
-        return cost_of(
-            self.values, list(self.values.work), [n for n in dict.fromkeys(outputs) if n in self.values.work]
-        )
+        return cost_of(self.values, list(self.values.work), self.values.outputs)
 
     @property
     def kernels(self) -> int:
@@ -130,14 +127,12 @@ Candidate = tuple[float, tuple[int, int, int], tuple[Group, Group]]
 class _Merger:
     def __init__(self, values: Values) -> None:
         self._values, self._rules = values, Rules(values)
-        self._place = {node: place for place, node in enumerate(values.work)}
         self._group = {node: Group.of(node, role) for node, role in values.work.items()}
         self._after: dict[fx.Node, set[fx.Node]] = defaultdict(set)
         for node, before in values.before.items():
             for earlier in before:
                 self._after[earlier].add(node)
         self._count = itertools.count()
-        self._outputs = {values.root[n] for n in values.program.graph.output_node().all_input_nodes}
 
     def groups(self) -> list[Group]:
         """The groups that are left when nothing can be merged, in no particular order."""
@@ -168,7 +163,7 @@ class _Merger:
         by_rows: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node, role in self._values.work.items():
             if role is Role.PRODUCT:
-                by_rows[self._values.root[product_rows(node)]].append(node)
+                by_rows[self._values.rows(node)].append(node)
         for products in by_rows.values():
             for one in products:
                 for other in products:
@@ -180,7 +175,7 @@ class _Merger:
 
     def _candidate(self, first: Group, second: Group) -> Candidate:
         """A merge, in the order in which merges are tried: what saves most bytes first, then what comes first."""
-        places = self._place[first.nodes[0]], self._place[second.nodes[0]], next(self._count)
+        places = self._values.place[first.nodes[0]], self._values.place[second.nodes[0]], next(self._count)
         return -self._saved(first, second), places, (first, second)
 
     def _pairs(self, group: Group) -> Iterator[tuple[Group, Group]]:
@@ -198,7 +193,7 @@ class _Merger:
             if self._values.work[node] is Role.WRITE or not self._after[node] & set(second.nodes):
                 continue
             size = self._bytes(node)
-            saved += size if node in self._outputs or self._after[node] - inside else 2 * size
+            saved += size if node in self._values.outputs or self._after[node] - inside else 2 * size
         return saved
 
     @functools.cache  # noqa: B019 - as long as the merging
@@ -207,7 +202,7 @@ class _Merger:
 
     def _path(self, first: Group, second: Group, *, direct: bool = True) -> bool:
         """Whether `second` waits for `first`; with `direct` False only through others."""
-        last = max(self._place[node] for node in second.nodes)
+        last = self._values.place[second.nodes[-1]]
         stack = [node for start in first.nodes for node in self._after[start]]
         goal, begin, seen = set(second.nodes), set(first.nodes), set[int]()
         if direct and goal.intersection(stack):
@@ -215,7 +210,7 @@ class _Merger:
         queue = [self._group[node] for node in stack if node not in goal and node not in begin]
         while queue:
             group = queue.pop()
-            if id(group) in seen or min(self._place[node] for node in group.nodes) > last:
+            if id(group) in seen or self._values.place[group.nodes[0]] > last:
                 continue
             seen.add(id(group))
             for node in group.nodes:
@@ -234,20 +229,15 @@ class _Merger:
 def _sorted(values: Values, groups: Collection[Group]) -> list[Group]:
     """Groups in an order in which each comes after what it waits for, as early as the program has them."""
     owner = {node: group for group in groups for node in group.nodes}
-    place = {node: number for number, node in enumerate(values.work)}
-    waits = {
-        group: {owner[b] for node in group.nodes for b in values.before[node] if owner[b] is not group}
-        for group in groups
-    }
-    done: list[Group] = []
-    left = sorted(groups, key=lambda group: place[group.nodes[0]])
-    finished: set[Group] = set()
-    while left:
-        ready = next(group for group in left if waits[group] <= finished)
-        left.remove(ready)
-        finished.add(ready)
-        done.append(ready)
-    return done
+    waiting = nx.DiGraph()
+    waiting.add_nodes_from(groups)
+    waiting.add_edges_from(
+        (owner[earlier], owner[node])
+        for node, before in values.before.items()
+        for earlier in before
+        if owner[earlier] is not owner[node]
+    )
+    return list(nx.lexicographical_topological_sort(waiting, key=lambda group: values.place[group.nodes[0]]))
 
 
 def _kind(group: Group) -> str:

@@ -68,7 +68,6 @@ class Rules:
 
     def __init__(self, values: Values) -> None:
         self._values = values
-        self._place = {node: place for place, node in enumerate(values.work)}
 
     def joined(self, first: Group, second: Group) -> Group | None:
         """The group of both, of which the second reads the first; None where no template computes that."""
@@ -96,16 +95,12 @@ class Rules:
         if not first.form is second.form is Form.PRODUCT:
             return None
         kinds = {(anchor.target, self._layout(anchor)) for anchor in (*first.anchors, *second.anchors)}
-        rows = {self._rows(anchor) for anchor in (*first.anchors, *second.anchors)}
+        rows = {self._values.rows(anchor) for anchor in (*first.anchors, *second.anchors)}
         return self._both(first, second, Form.PRODUCT) if len(kinds) == len(rows) == 1 else None
 
     def _both(self, first: Group, second: Group, form: Form) -> Group:
-        nodes = sorted([*first.nodes, *second.nodes], key=self._place.__getitem__)
+        nodes = sorted([*first.nodes, *second.nodes], key=self._values.place.__getitem__)
         return Group(form, nodes, [*first.anchors, *second.anchors])
-
-    def _rows(self, product: fx.Node) -> fx.Node:
-        """The memory with the rows that a product multiplies."""
-        return self._values.root[product_rows(product)]
 
     @staticmethod
     def _layout(product: fx.Node) -> object:
@@ -115,12 +110,10 @@ class Rules:
     def _is_prologue(self, first: Group, second: Group) -> bool:
         """Whether rows made by `first` enter products alone, or what reads them behind these needs no whole row."""
         made = set(first.nodes)
-        entering = {self._values.root[product_rows(anchor)] for anchor in second.anchors}
-        behind = [node for node in second.nodes if node not in second.anchors and made & self._values.before[node]]
-        waits = self._behind(second)
-        late = [node for node in behind if node in waits]
+        entering = {self._values.rows(anchor) for anchor in second.anchors}
         if self._writes(first.nodes) and not entering & made:
             return False
+        late = any(made & self._values.before[node] for node in self._behind(second))
         return not late or self._is_tiled(first.nodes)
 
     def _behind(self, group: Group) -> set[fx.Node]:
@@ -148,10 +141,3 @@ class Rules:
 
     def _writes(self, nodes: Collection[fx.Node]) -> bool:
         return any(self._values.work[node] is Role.WRITE for node in nodes)
-
-
-def product_rows(product: fx.Node) -> fx.Node:
-    """The argument of a product that has the rows."""
-    overload = product.target
-    place = 1 if getattr(overload, "__name__", "") == "addmm.default" else 0
-    return product.args[place]  # type: ignore[return-value]

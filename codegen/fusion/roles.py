@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 
 from accelc.ir.dialect import UPDATES
+from accelc.ir.operators import GROUPED, schema_name
 
 aten = torch.ops.aten
 ops = torch.ops.accelc
@@ -36,10 +37,7 @@ class Role(enum.Enum):
 
 PRODUCTS = {
     aten.linear.default, aten.addmm.default, aten.mm.default, ops.quantized_linear.default,
-    ops.quantized_grouped_linear.default,
 }  # fmt: skip
-GROUPED = ("transformers::grouped_mm_fallback", "aten::_grouped_mm", "accelc::quantized_grouped_linear")
-"""Products of rows that are sorted by expert."""
 WEIGHTED = {aten.matmul.default, aten.bmm.default}
 """Products where an argument is a weight."""
 REDUCTIONS = {
@@ -62,7 +60,7 @@ def role_of(node: fx.Node, is_weight: dict[fx.Node, bool]) -> Role:
     target = node.target
     if target in UPDATES:
         return Role.WRITE
-    if target in PRODUCTS or schema_name(node) in GROUPED:
+    if target in PRODUCTS or by_expert(node):
         return Role.PRODUCT
     if target in WEIGHTED and any(is_weight.get(n, False) for n in node.all_input_nodes):
         return Role.PRODUCT
@@ -79,10 +77,14 @@ def role_of(node: fx.Node, is_weight: dict[fx.Node, bool]) -> Role:
     return Role.OTHER
 
 
-def schema_name(node: fx.Node) -> str:
-    """The name of an operator without its overload; "" for what is none."""
-    target = node.target
-    return target.name().split(".")[0] if isinstance(target, torch._ops.OpOverload) else ""
+def by_expert(node: fx.Node) -> bool:
+    """Whether a node multiplies rows that are sorted by expert."""
+    return node.target is ops.quantized_grouped_linear.default or schema_name(node.target) in GROUPED
+
+
+def product_rows(product: fx.Node) -> fx.Node:
+    """The argument of a product that has the rows."""
+    return product.args[1 if product.target is aten.addmm.default else 0]  # type: ignore[return-value]
 
 
 def _over_last(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from accelc.codegen.fusion.roles import LOOKUPS, Role, role_of
+from accelc.codegen.fusion.roles import LOOKUPS, Role, product_rows, role_of
 from accelc.codegen.schedule import tensors_in
 from accelc.ir import Program
 from accelc.ir.compat import storage_key
@@ -46,6 +46,10 @@ class Values:
         """Of each tensor: the node that it is a view of, or itself."""
         self.work: dict[fx.Node, Role] = {}
         self._classify()
+        self.place = {node: place for place, node in enumerate(self.work)}
+        """The order of the program."""
+        returned = dict.fromkeys(self.root[n] for n in self.program.graph.output_node().all_input_nodes)
+        self.outputs = [node for node in returned if node in self.work]
         self.before: dict[fx.Node, set[fx.Node]] = {}
         """The work that a node of work waits for, by values and by states that are written."""
         self._order()
@@ -137,6 +141,10 @@ class Values:
                 yield self.root[argument], root  # rows of the table, as many as are looked up
             else:
                 yield from self._sources(argument)
+
+    def rows(self, product: fx.Node) -> fx.Node:
+        """The memory with the rows that a product multiplies."""
+        return self.root[product_rows(product)]
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 

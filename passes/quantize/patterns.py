@@ -40,13 +40,14 @@ def matching(pattern: str, names: Collection[str], *, where: str = "", needed: b
     not `needed`, because the names are a part of all there are, that is logged as a warning.
     """
     found = fnmatch.filter(names, pattern.strip())
-    if not found and pattern.strip() != "*" and not needed:
-        log.warning("accelc: the pattern %r matches no weight of a graph, which has %s", pattern.strip(),
-                    ", ".join(list(names)[:4]) or "none")  # fmt: skip
-    elif not found and pattern.strip() != "*":
+    if found or pattern.strip() == "*":
+        return found
+    pattern, examples = pattern.strip(), ", ".join(list(names)[:4])
+    if needed:
         raise OptionValueError(
-            f"the pattern {pattern.strip()!r} matches no weight of a linear or embedding",
+            f"the pattern {pattern!r} matches no weight of a linear or embedding",
             where=where,
-            remedy=f"Names are, for example: {', '.join(list(names)[:4])}.",
+            remedy=f"Names are, for example: {examples}.",
         )
+    log.warning("accelc: the pattern %r matches no weight of a graph, which has %s", pattern, examples or "none")
     return found

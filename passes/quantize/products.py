@@ -14,6 +14,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from accelc.ir import Program
+from accelc.ir.operators import GROUPED, schema_name
 from accelc.ir.program import fetch
 
 aten = torch.ops.aten
@@ -22,8 +23,6 @@ Kind = Literal["linear", "batched", "grouped"]
 """``linear``: one matrix for all rows; ``batched``: one for each element of a batch; ``grouped``: rows sorted by
 expert."""
 
-GROUPED = ("transformers::grouped_mm_fallback", "aten::_grouped_mm")
-"""Products of rows, sorted by expert, with a stack of matrices [E, K, N]; the third argument has the experts' ends."""
 CHOICES = {aten.topk.default, aten.sort.default, aten.argsort.default, aten.argmax.default, aten.max.dim}
 ATTENTION = {torch.ops.accelc.attention.default, torch.ops.accelc.full_attention.default}
 
@@ -173,7 +172,7 @@ def product_of(node: fx.Node, weight: fx.Node) -> Product | None:
         return Product(node, "linear")
     if target is aten.bmm.default and args[1] is weight:
         return Product(node, "batched")
-    named = target.name().split(".")[0] in GROUPED
+    named = schema_name(target) in GROUPED
     if named and rank == 3 and args[1] is weight and len(args) == 3 and not any(node.kwargs.values()):
         return Product(node, "grouped", ends_place=2)
     return None
